@@ -1,0 +1,468 @@
+"""M-FAC as an Optax gradient transformation.
+
+Elias Frantar, Eldar Kurtic, Dan Alistarh, "M-FAC: Efficient Matrix-Free
+Approximations of Second-Order Information", NeurIPS 2021,
+https://arxiv.org/abs/2107.03356 (the dynamic algorithm).
+"""
+
+# No `from __future__ import annotations` here: Optax's contract suite compares the
+# annotation of `learning_rate` with the object `optax.ScalarOrSchedule`.
+from collections.abc import Callable
+import math
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mfac_jax import _dense_window, _solve
+
+Window = _dense_window.DenseWindow
+WindowFn = Callable[[str, Any], Window]
+
+
+class ScaleByMFACState(NamedTuple):
+    """State of :func:`scale_by_mfac`.
+
+    Attributes:
+      count: updates so far, refused ones included; schedules of ``damp`` see it.
+      gram: the Gram matrix ``K = G Gᵀ`` of the stored gradients, shape ``(m, m)``.
+      window: the last ``m`` gradients, the rows of ``G``: per parameter leaf an array of
+        shape ``(m, *leaf.shape)``, in the tree of the parameters.
+      damp: the damping ``λ`` that the last solve used, in ``gram``'s dtype. It is the one
+        that was asked for unless float32 could not resolve that.
+      num_raised: steps at which the damping had to be raised.
+      num_refused: gradients that were not finite and did not enter the window.
+    """
+
+    count: jax.Array  # shape=(), dtype=jnp.int32
+    gram: jax.Array  # shape=(num_grads, num_grads), dtype=float32 or float64
+    window: Any  # leaves of shape (num_grads, *leaf.shape)
+    damp: jax.Array  # shape=(), dtype=gram.dtype
+    num_raised: jax.Array  # shape=(), dtype=jnp.int32
+    num_refused: jax.Array  # shape=(), dtype=jnp.int32
+
+
+def scale_by_mfac(
+    num_grads: int = 1024,
+    damp: optax.ScalarOrSchedule = 1e-6,
+    *,
+    window: Window | WindowFn | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies gradients by the inverse of a damped empirical Fisher matrix.
+
+    The Fisher is that of the last :math:`m` mini-batch gradients, the newest included:
+
+    .. math::
+        F = \lambda I + \frac{1}{m} \sum_{j=1}^{m} g_j g_j^T, \qquad
+        F^{-1} g_i = m \sum_j c_j g_j, \qquad
+        (m \lambda I + G G^T)\, c = e_i .
+
+    :math:`m` is constant while the window fills, so the first step is about
+    :math:`m g / \lVert g \rVert^2`. A step costs two reads of the window and the
+    factorisation of an :math:`m \times m` matrix.
+
+    Gram matrix and solve are in float32, or in float64 once a leaf's window is float64.
+    Where that precision cannot resolve the damping (identical or nearly parallel
+    gradients with :math:`m \lambda` below the rounding of :math:`\lVert g \rVert^2`), the
+    solve raises it by factors of four until it can; the state holds the damping that
+    was used and the number of such steps. Updates are finite for finite gradients.
+
+    A gradient that is not finite, or too large for its squared norm to be, is refused:
+    the update is zero, window and Gram matrix stay as they were, schedules tick on.
+
+    .. warning::
+        The window takes ``num_grads`` times the bytes of the parameters. Jit the
+        training step with the optimizer state donated (``donate_argnums``): then it is
+        updated in place, else it is copied at every step. For gradient accumulation
+        average the gradients before ``update``: :class:`optax.MultiSteps` would
+        evaluate this transformation at every micro-step and hold a second window.
+
+    Args:
+      num_grads: the number of gradients ``m`` in the window, static, at least 1.
+      damp: the damping ``λ > 0``, in units of the squared gradient norm: a float, a
+        traced scalar, or a schedule of the update count.
+      window: how the gradients of a leaf are stored, static: a
+        :class:`~mfac_jax.DenseWindow`, or a function ``(path, leaf) -> spec`` of the
+        leaf's path, such as ``'encoder/dense/kernel'``, and the parameter or its
+        :class:`jax.ShapeDtypeStruct`. ``None`` is ``DenseWindow()``.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`. Updates have the dtypes of the
+      gradients; parameters need not be passed to ``update``.
+
+    Raises:
+      TypeError: for a ``num_grads``, ``damp`` or ``window`` of the wrong type; from
+        ``init``, for leaves that are not real floating-point arrays; also from
+        ``update``, for gradients whose tree is not that of the parameters.
+      ValueError: for ``num_grads < 1`` or ``damp <= 0``; from ``update``, for gradients
+        whose shapes are not those of the parameters.
+
+    Examples:
+      The first step is ``m g / (m λ + gᵀ g)``:
+
+      >>> import jax, jax.numpy as jnp, mfac_jax
+      >>> opt = mfac_jax.scale_by_mfac(num_grads=8, damp=1e-6)
+      >>> params = {'w': jnp.zeros(2)}
+      >>> state = opt.init(params)
+      >>> grads = {'w': jnp.array([3.0, 4.0])}
+      >>> updates, state = jax.jit(opt.update, donate_argnums=1)(grads, state)
+      >>> print(updates['w'])
+      [0.96 1.28]
+      >>> print(f'{state.damp:.0e}', state.num_raised)
+      1e-06 0
+
+    References:
+      Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
+      Information <https://arxiv.org/abs/2107.03356>`_, 2021
+    """
+    num_grads = _checked_num_grads(num_grads)
+    _check_number("damp", damp, "must be positive and finite: at 0 the Fisher is singular",
+                  lambda x: 0 < x < math.inf)
+    _check_window(window)
+
+    def init_fn(params):
+        windows = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _init_window(window, _path_name(path), leaf, num_grads),
+            params,
+        )
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(windows))
+        return ScaleByMFACState(
+            count=jnp.zeros((), jnp.int32),
+            gram=jnp.zeros((num_grads, num_grads), dtype),
+            window=windows,
+            damp=_value_at(damp, jnp.zeros((), jnp.int32), dtype),
+            num_raised=jnp.zeros((), jnp.int32),
+            num_refused=jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        dtype = state.gram.dtype
+        grads, windows, treedef = _match(updates, state.window)
+
+        # 1. Write the gradient over the oldest one, as the window stores it. One whose
+        #    squared norm is finite has finite products with all that are stored.
+        index = (state.count - state.num_refused) % num_grads
+        rows = [g.astype(w.dtype) for g, w in zip(grads, windows, strict=True)]
+        squared_norm = sum(
+            (jnp.sum(jnp.square(row.astype(dtype))) for row in rows),
+            start=jnp.zeros((), dtype),
+        )
+        accepted = jnp.isfinite(squared_norm)
+        written = [
+            _dense_window.replace_row(w, index, row, accepted)
+            for w, row in zip(windows, rows, strict=True)
+        ]
+        # 2. The new row and column of the Gram matrix: the first pass over the window.
+        products = sum(
+            (_dense_window.row_products(w, row, dtype) for w, row in written),
+            start=jnp.zeros(num_grads, dtype),
+        )
+        products = jnp.where(accepted, products, state.gram[index])
+        gram = state.gram.at[index].set(products).at[:, index].set(products)
+        # 3. Solve (m λ I + K) c = e_i.
+        solution = _solve.solve_for_row(
+            gram, index, _value_at(damp, state.count, dtype)
+        )
+        # 4. The update m Gᵀ c: the second pass.
+        coefficients = jnp.where(accepted, num_grads * solution.coefficients, 0)
+        directions = [
+            _saturating_cast(_dense_window.combine_rows(coefficients, w, dtype), g.dtype)
+            for (w, _), g in zip(written, grads, strict=True)
+        ]
+        return treedef.unflatten(directions), ScaleByMFACState(
+            count=optax.safe_increment(state.count),
+            gram=gram,
+            window=treedef.unflatten([w for w, _ in written]),
+            damp=jnp.where(accepted, solution.damp, state.damp),
+            num_raised=state.num_raised + (accepted & solution.raised),
+            num_refused=state.num_refused + ~accepted,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def mfac(
+    learning_rate: optax.ScalarOrSchedule,
+    num_grads: int = 1024,
+    damp: optax.ScalarOrSchedule = 1e-6,
+    momentum: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    *,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    window: Window | WindowFn | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The M-FAC optimizer.
+
+    With :math:`F` the damped empirical Fisher of the last :math:`m` gradients
+    (:func:`scale_by_mfac` has the details), one step is
+
+    .. math::
+        g_t = \nabla f(\theta_t) + w\, \theta_t, \qquad
+        v_t = \beta v_{t-1} + (1 - \beta) F^{-1} g_t, \qquad
+        \theta_{t+1} = \theta_t - \eta v_t .
+
+    As in the published optimizer, weight decay is coupled: it is part of the gradient
+    that enters the window. For decoupled decay leave it 0 and chain::
+
+        optax.chain(
+            mfac_jax.scale_by_mfac(num_grads, damp),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    ``learning_rate``, ``damp``, ``momentum`` and ``weight_decay`` may be injected:
+    ``optax.inject_hyperparams(mfac_jax.mfac, static_args=('num_grads', 'mask',
+    'window'))``.
+
+    Args:
+      learning_rate: the step size ``η``: a float, a traced scalar or a schedule.
+      num_grads: the number of gradients ``m`` in the window, static, at least 1.
+      damp: the damping ``λ > 0``: a float, a traced scalar or a schedule.
+      momentum: the rate ``0 <= β < 1`` of the moving average of the preconditioned
+        steps, without bias correction: a float, a traced scalar or a schedule.
+      weight_decay: ``w >= 0``: a float, a traced scalar or a schedule. Unless it is the
+        float 0, ``update`` needs the parameters.
+      mask: which leaves decay, static: a tree of booleans with the structure of the
+        parameters or a prefix of it, or a function from parameters to such a tree.
+      window: how gradients are stored, static; see :func:`scale_by_mfac`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs`. Updates have the dtypes of the
+      gradients.
+
+    Raises:
+      TypeError: as :func:`scale_by_mfac`.
+      ValueError: as :func:`scale_by_mfac`, and for ``momentum`` outside ``[0, 1)`` or a
+        negative ``weight_decay``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, mfac_jax, optax
+      >>> def loss(params):
+      ...   return jnp.sum((params['w'] - 1.0) ** 2)
+      >>> opt = mfac_jax.mfac(learning_rate=1e-2, num_grads=8, damp=10.0)
+      >>> params = {'w': jnp.zeros(3)}
+      >>> state = opt.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...   updates, state = opt.update(jax.grad(loss)(params), state, params)
+      ...   return optax.apply_updates(params, updates), state
+      >>> for _ in range(5):
+      ...   params, state = step(params, state)
+      >>> print(f'{loss(params):.4f}')
+      2.9409
+
+    References:
+      Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
+      Information <https://arxiv.org/abs/2107.03356>`_, 2021
+    """
+    _check_number("momentum", momentum, "must be in [0, 1)", lambda x: 0 <= x < 1)
+    _check_number("weight_decay", weight_decay, "must be finite and at least 0",
+                  lambda x: 0 <= x < math.inf)
+    # Without decay the parameters are not needed, which optax's own zero case ignores.
+    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
+    decay = optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, mask)
+    return optax.chain(
+        _keep_dtypes(decay),
+        scale_by_mfac(num_grads, damp, window=window),
+        _average_steps(momentum),
+        _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
+    )
+
+
+def inverse_fisher_vector_product(
+    state: ScaleByMFACState, vector: optax.Params, damp: jax.typing.ArrayLike
+) -> optax.Params:
+    r"""Multiplies any vector by the inverse of the damped empirical Fisher.
+
+    .. math::
+        F^{-1} x = \frac{1}{\lambda} \left(x - G^T (m \lambda I + G G^T)^{-1} G x\right)
+
+    For vectors outside the window: for an influence function, say, or a gradient of
+    other data. It divides the difference of two nearly equal vectors by ``λ``, so in
+    float32 it keeps about ``eps · ‖x‖ / (λ ‖F⁻¹ x‖)`` of relative accuracy, and where
+    the window's gradients are too parallel for the dtype it is NaN: use float64 or
+    more damping there. The optimizer itself never goes this way.
+
+    Args:
+      state: the state of :func:`scale_by_mfac`; ``optax.tree.get(opt_state, 'window')``
+        and its like find parts of it in a chain, and
+        ``opt_state[i]`` the whole. Its damping is not used.
+      vector: ``x``, a tree with the structure and shapes of the parameters.
+      damp: the damping ``λ > 0``, a float or a traced scalar.
+
+    Returns:
+      ``F⁻¹ x``, with the structure, shapes and dtypes of ``vector``.
+
+    Raises:
+      TypeError: if the tree of ``vector`` is not that of the parameters.
+      ValueError: if ``damp`` is a Python number and not positive and finite, or if a
+        shape of ``vector`` is not that of the parameter.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, mfac_jax
+      >>> opt = mfac_jax.scale_by_mfac(num_grads=2, damp=1.0)
+      >>> state = opt.init(jnp.zeros(2))
+      >>> _, state = opt.update(jnp.array([2.0, 0.0]), state)
+      >>> print(mfac_jax.inverse_fisher_vector_product(state, jnp.ones(2), 1.0))
+      [0.33333334 1.        ]
+
+    References:
+      Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
+      Information <https://arxiv.org/abs/2107.03356>`_, 2021
+    """
+    _check_number("damp", damp, "must be positive and finite: at 0 the Fisher is singular",
+                  lambda x: 0 < x < math.inf)
+    dtype = state.gram.dtype
+    leaves, windows, treedef = _match(vector, state.window)
+    damp = jnp.asarray(damp, dtype)
+    products = sum(
+        (
+            _dense_window.row_products(w, x, dtype)
+            for w, x in zip(windows, leaves, strict=True)
+        ),
+        start=jnp.zeros(state.gram.shape[0], dtype),
+    )
+    coefficients = _solve.damped_solve(state.gram, damp, products)
+    return treedef.unflatten(
+        [
+            ((x - _dense_window.combine_rows(coefficients, w, dtype)) / damp).astype(
+                x.dtype
+            )
+            for w, x in zip(windows, leaves, strict=True)
+        ]
+    )
+
+
+class _AverageStepsState(NamedTuple):
+    count: jax.Array  # shape=(), dtype=jnp.int32
+    average: optax.Updates  # like the parameters, float32 at least
+
+
+def _average_steps(momentum: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """``v ← β v + (1 − β) s``; :func:`optax.ema` takes no schedule for ``β``."""
+
+    def init_fn(params):
+        return _AverageStepsState(
+            count=jnp.zeros((), jnp.int32),
+            average=jax.tree.map(
+                lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)),
+                params,
+            ),
+        )
+
+    def update_fn(updates, state, params=None):
+        del params
+
+        def average(step, previous):
+            beta = _value_at(momentum, state.count, previous.dtype)
+            return beta * previous + (1 - beta) * step
+
+        averages = jax.tree.map(average, updates, state.average)
+        updates = jax.tree.map(lambda v, s: v.astype(s.dtype), averages, updates)
+        return updates, _AverageStepsState(optax.safe_increment(state.count), averages)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _keep_dtypes(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Casts updates back: a traced float32 factor would widen bfloat16 leaves."""
+
+    def update_fn(updates, state, params=None):
+        new_updates, state = inner.update(updates, state, params)
+        return jax.tree.map(lambda n, u: n.astype(u.dtype), new_updates, updates), state
+
+    return optax.GradientTransformation(inner.init, update_fn)
+
+
+def _value_at(value: optax.ScalarOrSchedule, count: jax.Array, dtype) -> jax.Array:
+    return jnp.asarray(value(count) if callable(value) else value, dtype)
+
+
+def _saturating_cast(x: jax.Array, dtype) -> jax.Array:
+    """Casts to ``dtype``; what a narrower one cannot hold becomes its largest number."""
+    if jnp.finfo(dtype).max < jnp.finfo(x.dtype).max:
+        x = jnp.clip(x, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
+    return x.astype(dtype)
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    """Joins the keys of a path; the trailing ``value`` of an NNX state is dropped."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removesuffix("/value")
+
+
+def _init_window(
+    window: Window | WindowFn | None, path: str, leaf: Any, num_grads: int
+) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"M-FAC needs real floating-point parameters, but {path or 'the parameter'} "
+            f"has dtype {leaf.dtype}. Leave it out with optax.masked or optax.partition."
+        )
+    spec = window(path, leaf) if callable(window) else window
+    if spec is None:
+        spec = Window()
+    if not isinstance(spec, Window):
+        raise TypeError(
+            "the window function must return a window such as mfac_jax.DenseWindow(), "
+            f"got {spec!r} for {path!r}."
+        )
+    return spec.init(leaf, num_grads)
+
+
+def _match(tree: Any, windows: Any) -> tuple[list[Any], list[jax.Array], Any]:
+    """Flattens a gradient-like tree beside the windows; checks structure and shapes."""
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    window_leaves, window_treedef = jax.tree.flatten(windows)
+    if treedef != window_treedef:
+        raise TypeError(
+            "the gradients must have the tree of the parameters that init was given: "
+            f"expected {window_treedef}, got {treedef}."
+        )
+    for (path, leaf), w in zip(paths_and_leaves, window_leaves, strict=True):
+        if jnp.shape(leaf) != w.shape[1:]:
+            raise ValueError(
+                f"the gradient of {_path_name(path) or 'the parameter'} must have the "
+                f"shape of the parameter that init was given: expected {w.shape[1:]}, "
+                f"got {jnp.shape(leaf)}."
+            )
+    return [jnp.asarray(leaf) for _, leaf in paths_and_leaves], window_leaves, treedef
+
+
+def _checked_num_grads(num_grads: Any) -> int:
+    if isinstance(num_grads, jax.core.Tracer):
+        raise TypeError(
+            "num_grads is a shape and cannot be traced; with optax.inject_hyperparams "
+            "pass static_args=('num_grads', 'mask', 'window')."
+        )
+    if isinstance(num_grads, bool) or not hasattr(num_grads, "__index__"):
+        raise TypeError(f"num_grads must be an integer, got {num_grads!r}.")
+    num_grads = operator.index(num_grads)
+    if num_grads < 1:
+        raise ValueError(f"num_grads must be at least 1, got {num_grads}.")
+    return num_grads
+
+
+def _check_number(
+    name: str, value: Any, requirement: str, holds: Callable[[float], bool]
+) -> None:
+    """Checks a Python number; schedules, arrays and tracers pass."""
+    if callable(value) or isinstance(value, jax.Array):
+        return
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
+    if not holds(float(value)):
+        raise ValueError(f"{name} {requirement}, got {value}.")
+
+
+def _check_window(window: Any) -> None:
+    if window is not None and not callable(window) and not isinstance(window, Window):
+        raise TypeError(
+            "window must be a window such as mfac_jax.DenseWindow(), a function "
+            f"(path, leaf) -> window, or None, got {window!r}."
+        )

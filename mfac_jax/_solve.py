@@ -1,0 +1,164 @@
+r"""The damped Gram system of M-FAC, solved to the accuracy that its dtype holds.
+
+With the window's gradients as the rows of :math:`G`, the Gram matrix
+:math:`K = G G^T` and :math:`A = m \lambda I + K`, the inverse of the damped empirical
+Fisher :math:`F = \lambda I + G^T G / m` is
+
+.. math::
+    F^{-1} x = \frac{1}{\lambda} (x - G^T A^{-1} G x)
+    \qquad \text{(any x)}, \qquad
+    F^{-1} g_i = m\, G^T A^{-1} e_i \qquad \text{(a row of the window)}.
+
+Relation to the paper (Frantar et al., 2021, the dynamic algorithm)
+-------------------------------------------------------------------
+The inverse-product recursion there applies one rank-one update of the Fisher
+after another,
+
+.. math::
+    F_i^{-1} x = F_{i-1}^{-1} x
+      - F_{i-1}^{-1} g_i \frac{g_i^T F_{i-1}^{-1} x}{m + g_i^T F_{i-1}^{-1} g_i},
+    \qquad F_0 = \lambda I ,
+
+and stores two triangular tables:
+
+* :math:`D_{ij} = g_i^T F_{i-1}^{-1} g_j` for :math:`j \ge i`. With :math:`m` added to
+  its diagonal this is the upper factor :math:`U` of the pivot-free elimination
+  :math:`K / \lambda + m I = L U`; the denominators :math:`m + D_{ii}` are its pivots.
+* :math:`B`, the coefficients of :math:`F_{i-1}^{-1} g_i` on the stored gradients. It is
+  :math:`L^{-1} / \lambda`: its rows follow from those above them by forward
+  substitution with :math:`L_{ij} = D_{ji} / (m + D_{jj})`.
+
+Since :math:`K / \lambda + m I = A / \lambda` is symmetric, :math:`L U` is its Cholesky
+factorisation with the square roots of the pivots moved, and one factorisation of
+:math:`A` followed by two triangular solves is the whole recursion, without its
+:math:`1 / \lambda`. :math:`\lambda` stands nowhere in :math:`K`, so it may
+change at every step.
+
+When the dtype cannot resolve the damping
+-----------------------------------------
+:math:`K` is known to about :math:`\epsilon \max_j K_{jj}`. Where gradients are
+nearly parallel and :math:`m \lambda` is below that, the factorisation breaks down or is
+finite and wrong, so every solution has to pass :func:`_is_resolved`; while it does
+not, the system is solved again with more damping.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import jax.scipy.linalg
+
+# Largest relative error of a direction that passes for resolved.
+_TOLERANCE = 0.01
+# Factors of four: enough to cross the whole range of float32, so that the loop ends
+# even on a damping that no solve can pass.
+_MAX_RAISES = 64
+
+
+class Solution(NamedTuple):
+    """The coefficients of a direction and the damping they belong to.
+
+    Attributes:
+      coefficients: ``c`` with ``(m λ I + K) c = e_i``, shape ``(m,)``.
+      damp: the damping ``λ`` of that system, shape ``()``.
+      raised: whether ``λ`` is above the one asked for, shape ``()``, boolean.
+    """
+
+    coefficients: jax.Array
+    damp: jax.Array
+    raised: jax.Array
+
+
+def solve_for_row(gram: jax.Array, index: jax.Array, damp: jax.Array) -> Solution:
+    """Solves ``(m λ I + K) c = e_index`` for the least damping that can be resolved.
+
+    Args:
+      gram: the Gram matrix ``K``, shape ``(m, m)``; its dtype is that of the solve.
+      index: the row of the window that is preconditioned, int32 scalar.
+      damp: the damping ``λ`` asked for, a scalar of ``gram``'s dtype.
+
+    Returns:
+      The coefficients, always finite, with the damping that was used: ``damp``
+      itself wherever the dtype resolves it, so that a healthy step factorises once.
+    """
+    num_grads, eps = gram.shape[0], jnp.finfo(gram.dtype).eps
+    unit = jax.nn.one_hot(index, num_grads, dtype=gram.dtype)
+    largest = jnp.max(jnp.diagonal(gram))
+
+    def attempt(state):
+        raises, damp, _, _ = state
+        damp = jnp.where(raises == 0, damp, jnp.maximum(4 * damp, eps * largest))
+        coefficients, residual = _refined_solve(gram, damp, unit)
+        resolved = _is_resolved(gram, index, coefficients, residual)
+        return raises + 1, damp, coefficients, resolved
+
+    attempts, damp, coefficients, resolved = lax.while_loop(
+        lambda state: ~state[3] & (state[0] <= _MAX_RAISES),
+        attempt,
+        # A damping that is not positive makes F singular: the smallest normal number
+        # stands in for it, and is what the state reports.
+        (
+            jnp.zeros((), jnp.int32),
+            jnp.where(damp > 0, damp, jnp.finfo(gram.dtype).tiny).astype(gram.dtype),
+            jnp.zeros_like(unit),
+            jnp.zeros((), bool),
+        ),
+    )
+    return Solution(jnp.where(resolved, coefficients, 0), damp, attempts > 1)
+
+
+def damped_solve(gram: jax.Array, damp: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Solves ``(m λ I + K) c = rhs`` at exactly this damping.
+
+    Args:
+      gram: the Gram matrix ``K``, shape ``(m, m)``.
+      damp: the damping ``λ``, a scalar of ``gram``'s dtype.
+      rhs: the right-hand side, shape ``(m,)``.
+
+    Returns:
+      ``c``, shape ``(m,)``; NaN where the dtype cannot factorise the matrix.
+    """
+    return _refined_solve(gram, damp, rhs)[0]
+
+
+def _refined_solve(
+    gram: jax.Array, damp: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One factorisation, one step of refinement; returns solution and residual."""
+    shift = gram.shape[0] * damp
+    factor = jnp.linalg.cholesky(
+        gram + shift * jnp.eye(*gram.shape, dtype=gram.dtype), symmetrize_input=False
+    )
+
+    def residual(solution):
+        product = jnp.matmul(gram, solution, precision=lax.Precision.HIGHEST)
+        return rhs - (product + shift * solution)
+
+    def solve(rhs):
+        return jax.scipy.linalg.cho_solve((factor, True), rhs)
+
+    solution = solve(rhs)
+    solution = solution + solve(residual(solution))
+    return solution, residual(solution)
+
+
+def _is_resolved(
+    gram: jax.Array, index: jax.Array, coefficients: jax.Array, residual: jax.Array
+) -> jax.Array:
+    """Whether the direction of these coefficients is right to ``_TOLERANCE``.
+
+    Two ways to be wrong, each bounded from vectors of length ``m`` alone: the system
+    (its residual, and the rounding of ``K`` times the size of ``c``), and the sum
+    ``Gᵀ c``, whose terms must not cancel to less than the rounding of the largest.
+    ``K_i · c`` is ``g_i · F⁻¹ g_i / m``, so it bounds the direction from below.
+    A comparison with NaN is false, so nothing that is not finite passes.
+    """
+    eps = jnp.finfo(gram.dtype).eps
+    norms = jnp.sqrt(jnp.diagonal(gram))
+    largest = jnp.max(jnp.diagonal(gram))
+    magnitude = jnp.abs(coefficients)
+    system_error = jnp.max(jnp.abs(residual)) + eps * largest * jnp.sum(magnitude)
+    sum_error = eps * norms[index] * jnp.vdot(magnitude, norms)
+    direction = jnp.vdot(gram[index], coefficients, precision=lax.Precision.HIGHEST)
+    return (system_error <= _TOLERANCE) & (sum_error <= _TOLERANCE * direction)
