@@ -9,8 +9,8 @@ import dataclasses
 import math
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 # Rows of at least this many numbers are summed in pieces on the CPU: there XLA's
 # matrix-vector product sums a row in sequence, and float32 loses digits with its
@@ -65,17 +65,17 @@ class DenseWindow:
         return jnp.broadcast_to(zeros, (num_grads, *leaf.shape))
 
 
-def replace_row(
+def write_row(
     window: jax.Array, index: jax.Array, row: jax.Array, accepted: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Writes ``row`` at ``index`` where ``accepted``, and returns the row that stands.
+) -> jax.Array:
+    """Writes ``row`` at ``index`` where ``accepted``; else the window stays as it is.
 
-    A refused row is replaced by the one already stored: selecting the row, not
-    the window, lets XLA write in place.
+    Selecting the row, not the window, lets XLA write in place, also under ``vmap``.
     """
     stored = lax.dynamic_index_in_dim(window, index, keepdims=False)
-    row = jnp.where(accepted, row, stored)
-    return lax.dynamic_update_index_in_dim(window, row, index, 0), row
+    return lax.dynamic_update_index_in_dim(
+        window, jnp.where(accepted, row, stored), index, 0
+    )
 
 
 def row_products(
@@ -117,7 +117,7 @@ def _matrix_vector(window: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def _sum_of_products(window: jax.Array, vector: jax.Array) -> jax.Array:
-    return jnp.sum(window * vector, axis=tuple(range(1, window.ndim)))
+    return jnp.sum(window * vector[None], axis=tuple(range(1, window.ndim)))
 
 
 def _matrix_vector_in_pieces(window: jax.Array, vector: jax.Array) -> jax.Array:

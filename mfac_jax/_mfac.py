@@ -7,12 +7,13 @@ https://arxiv.org/abs/2107.03356 (the dynamic algorithm).
 
 # No `from __future__ import annotations` here: Optax's contract suite compares the
 # annotation of `learning_rate` with the object `optax.ScalarOrSchedule`.
-from collections.abc import Callable
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -28,10 +29,10 @@ class ScaleByMFACState(NamedTuple):
     Attributes:
       count: updates so far, refused ones included; schedules of ``damp`` see it.
       gram: the Gram matrix ``K = G Gᵀ`` of the stored gradients, shape ``(m, m)``.
-      window: the last ``m`` gradients, the rows of ``G``: per parameter leaf an array of
-        shape ``(m, *leaf.shape)``, in the tree of the parameters.
-      damp: the damping ``λ`` that the last solve used, in ``gram``'s dtype. It is the one
-        that was asked for unless float32 could not resolve that.
+      window: the last ``m`` gradients, the rows of ``G``: per parameter leaf an array
+        of shape ``(m, *leaf.shape)``, in the tree of the parameters.
+      damp: the damping ``λ`` that the last solve used, in ``gram``'s dtype. It is the
+        one that was asked for unless that dtype could not resolve it.
       num_raised: steps at which the damping had to be raised.
       num_refused: gradients that were not finite and did not enter the window.
     """
@@ -65,9 +66,9 @@ def scale_by_mfac(
 
     Gram matrix and solve are in float32, or in float64 once a leaf's window is float64.
     Where that precision cannot resolve the damping (identical or nearly parallel
-    gradients with :math:`m \lambda` below the rounding of :math:`\lVert g \rVert^2`), the
-    solve raises it by factors of four until it can; the state holds the damping that
-    was used and the number of such steps. Updates are finite for finite gradients.
+    gradients with :math:`m \lambda` below the rounding of :math:`\lVert g \rVert^2`),
+    the solve raises it by factors of four until it can; the state holds the damping
+    that was used and the number of such steps. Updates are always finite.
 
     A gradient that is not finite, or too large for its squared norm to be, is refused:
     the update is zero, window and Gram matrix stay as they were, schedules tick on.
@@ -118,8 +119,12 @@ def scale_by_mfac(
       Information <https://arxiv.org/abs/2107.03356>`_, 2021
     """
     num_grads = _checked_num_grads(num_grads)
-    _check_number("damp", damp, "must be positive and finite: at 0 the Fisher is singular",
-                  lambda x: 0 < x < math.inf)
+    _check_number(
+        "damp",
+        damp,
+        "must be positive and finite: at 0 the Fisher is singular",
+        lambda x: 0 < x < math.inf,
+    )
     _check_window(window)
 
     def init_fn(params):
@@ -141,41 +146,58 @@ def scale_by_mfac(
         del params, extra_args
         dtype = state.gram.dtype
         grads, windows, treedef = _match(updates, state.window)
-
-        # 1. Write the gradient over the oldest one, as the window stores it. One whose
-        #    squared norm is finite has finite products with all that are stored.
         index = (state.count - state.num_refused) % num_grads
+
+        # 1. The newest row of G is the gradient as the window stores it. It is written
+        #    last, from a value that depends on both passes: written first, XLA would
+        #    copy the window.
         rows = [g.astype(w.dtype) for g, w in zip(grads, windows, strict=True)]
         squared_norm = sum(
             (jnp.sum(jnp.square(row.astype(dtype))) for row in rows),
             start=jnp.zeros((), dtype),
         )
-        accepted = jnp.isfinite(squared_norm)
-        written = [
-            _dense_window.replace_row(w, index, row, accepted)
-            for w, row in zip(windows, rows, strict=True)
-        ]
-        # 2. The new row and column of the Gram matrix: the first pass over the window.
+        finite = jnp.isfinite(squared_norm)
+        rows = [jnp.where(finite, row, 0) for row in rows]
+        # 2. The new row and column of K: the first pass over the window. By
+        #    Cauchy-Schwarz products of rows with finite squared norms are finite.
         products = sum(
-            (_dense_window.row_products(w, row, dtype) for w, row in written),
+            (
+                _dense_window.row_products(w, row, dtype)
+                for w, row in zip(windows, rows, strict=True)
+            ),
             start=jnp.zeros(num_grads, dtype),
         )
-        products = jnp.where(accepted, products, state.gram[index])
-        gram = state.gram.at[index].set(products).at[:, index].set(products)
+        products = products.at[index].set(jnp.where(finite, squared_norm, 0))
+        gram = _with_row(state.gram, index, products)
         # 3. Solve (m λ I + K) c = e_i.
         solution = _solve.solve_for_row(
             gram, index, _value_at(damp, state.count, dtype)
         )
-        # 4. The update m Gᵀ c: the second pass.
-        coefficients = jnp.where(accepted, num_grads * solution.coefficients, 0)
+        # 4. The direction m Gᵀ c: the second pass.
+        newest = num_grads * solution.coefficients[index]
+        others = (num_grads * solution.coefficients).at[index].set(0)
         directions = [
-            _saturating_cast(_dense_window.combine_rows(coefficients, w, dtype), g.dtype)
-            for (w, _), g in zip(written, grads, strict=True)
+            _dense_window.combine_rows(others, w, dtype) + newest * row.astype(dtype)
+            for w, row in zip(windows, rows, strict=True)
+        ]
+        # 5. Only what is finite is returned and remembered.
+        accepted = finite
+        for direction in directions:
+            accepted &= jnp.all(jnp.isfinite(direction))
+        directions = [
+            _saturating_cast(jnp.where(accepted, direction, 0), g.dtype)
+            for direction, g in zip(directions, grads, strict=True)
+        ]
+        windows = [
+            _dense_window.write_row(w, index, row, accepted)
+            for w, row in zip(windows, rows, strict=True)
         ]
         return treedef.unflatten(directions), ScaleByMFACState(
-            count=optax.safe_increment(state.count),
-            gram=gram,
-            window=treedef.unflatten([w for w, _ in written]),
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            gram=_with_row(
+                state.gram, index, jnp.where(accepted, products, state.gram[index])
+            ),
+            window=treedef.unflatten(windows),
             damp=jnp.where(accepted, solution.damp, state.damp),
             num_raised=state.num_raised + (accepted & solution.raised),
             num_refused=state.num_refused + ~accepted,
@@ -259,11 +281,17 @@ def mfac(
       Information <https://arxiv.org/abs/2107.03356>`_, 2021
     """
     _check_number("momentum", momentum, "must be in [0, 1)", lambda x: 0 <= x < 1)
-    _check_number("weight_decay", weight_decay, "must be finite and at least 0",
-                  lambda x: 0 <= x < math.inf)
+    _check_number(
+        "weight_decay",
+        weight_decay,
+        "must be finite and at least 0",
+        lambda x: 0 <= x < math.inf,
+    )
     # Without decay the parameters are not needed, which optax's own zero case ignores.
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
-    decay = optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, mask)
+    decay = (
+        optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, mask)
+    )
     return optax.chain(
         _keep_dtypes(decay),
         scale_by_mfac(num_grads, damp, window=window),
@@ -287,9 +315,8 @@ def inverse_fisher_vector_product(
     more damping there. The optimizer itself never goes this way.
 
     Args:
-      state: the state of :func:`scale_by_mfac`; ``optax.tree.get(opt_state, 'window')``
-        and its like find parts of it in a chain, and
-        ``opt_state[i]`` the whole. Its damping is not used.
+      state: the state of :func:`scale_by_mfac`; in that of a chain,
+        ``optax.tree.get(opt_state, 'ScaleByMFACState')`` finds it.
       vector: ``x``, a tree with the structure and shapes of the parameters.
       damp: the damping ``λ > 0``, a float or a traced scalar.
 
@@ -313,8 +340,12 @@ def inverse_fisher_vector_product(
       Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
       Information <https://arxiv.org/abs/2107.03356>`_, 2021
     """
-    _check_number("damp", damp, "must be positive and finite: at 0 the Fisher is singular",
-                  lambda x: 0 < x < math.inf)
+    _check_number(
+        "damp",
+        damp,
+        "must be positive and finite: at 0 the Fisher is singular",
+        lambda x: 0 < x < math.inf,
+    )
     dtype = state.gram.dtype
     leaves, windows, treedef = _match(vector, state.window)
     damp = jnp.asarray(damp, dtype)
@@ -362,7 +393,9 @@ def _average_steps(momentum: optax.ScalarOrSchedule) -> optax.GradientTransforma
 
         averages = jax.tree.map(average, updates, state.average)
         updates = jax.tree.map(lambda v, s: v.astype(s.dtype), averages, updates)
-        return updates, _AverageStepsState(optax.safe_increment(state.count), averages)
+        return updates, _AverageStepsState(
+            count=jnp.asarray(optax.safe_increment(state.count)), average=averages
+        )
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -383,8 +416,12 @@ def _value_at(value: optax.ScalarOrSchedule, count: jax.Array, dtype) -> jax.Arr
     return jnp.asarray(value(count) if callable(value) else value, dtype)
 
 
+def _with_row(gram: jax.Array, index: jax.Array, row: jax.Array) -> jax.Array:
+    return gram.at[index].set(row).at[:, index].set(row)
+
+
 def _saturating_cast(x: jax.Array, dtype) -> jax.Array:
-    """Casts to ``dtype``; what a narrower one cannot hold becomes its largest number."""
+    """Casts to ``dtype``; numbers too large for a narrower one become its largest."""
     if jnp.finfo(dtype).max < jnp.finfo(x.dtype).max:
         x = jnp.clip(x, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
     return x.astype(dtype)
@@ -401,8 +438,9 @@ def _init_window(
 ) -> jax.Array:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
-            f"M-FAC needs real floating-point parameters, but {path or 'the parameter'} "
-            f"has dtype {leaf.dtype}. Leave it out with optax.masked or optax.partition."
+            "M-FAC needs real floating-point parameters, but "
+            f"{path or 'the parameter'} has dtype {leaf.dtype}. Leave it out with "
+            "optax.masked or optax.partition."
         )
     spec = window(path, leaf) if callable(window) else window
     if spec is None:
@@ -461,7 +499,8 @@ def _check_number(
 
 
 def _check_window(window: Any) -> None:
-    if window is not None and not callable(window) and not isinstance(window, Window):
+    is_function = callable(window) and not isinstance(window, type)
+    if not (window is None or is_function or isinstance(window, Window)):
         raise TypeError(
             "window must be a window such as mfac_jax.DenseWindow(), a function "
             f"(path, leaf) -> window, or None, got {window!r}."

@@ -45,9 +45,9 @@ not, the system is solved again with more damping.
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import jax.scipy.linalg
+from jax import lax
 
 # Largest relative error of a direction that passes for resolved.
 _TOLERANCE = 0.01

@@ -1,0 +1,39 @@
+"""The mathematics of M-FAC written plainly in float64 NumPy."""
+
+import numpy as np
+
+
+def dense_inverse_product(window, vector, damp):
+    """``F⁻¹ x`` with the Fisher formed and inverted; ``window`` has shape (m, d)."""
+    window = np.asarray(window, np.float64)
+    fisher = damp * np.eye(window.shape[1]) + window.T @ window / len(window)
+    return np.linalg.solve(fisher, np.asarray(vector, np.float64))
+
+
+def recursive_inverse_product(window, vector, damp):
+    """``F⁻¹ x`` by the paper's dynamic algorithm: its tables D and B, its pivots."""
+    window = np.asarray(window, np.float64)
+    m = len(window)
+    gram = window @ window.T
+    d = np.zeros((m, m))  # D_ij = g_i F_{i-1}⁻¹ g_j for j >= i
+    b = np.zeros((m, m))  # F_{i-1}⁻¹ g_i = Σ_k B_ik g_k
+    for i in range(m):
+        d[i, i:] = gram[i, i:] / damp
+        b[i, i] = 1 / damp
+        for k in range(i):
+            ratio = d[k, i] / (m + d[k, k])
+            d[i, i:] -= ratio * d[k, i:]
+            b[i, : k + 1] -= ratio * b[k, : k + 1]
+    products = window @ vector / damp  # becomes g_i F_{i-1}⁻¹ x
+    for i in range(m):
+        products[i + 1 :] -= d[i, i + 1 :] * products[i] / (m + d[i, i])
+    pivots = m + np.diagonal(d)
+    return vector / damp - (products / pivots) @ b @ window
+
+
+def ring_windows(gradients, num_grads):
+    """Yields, for every step, the window as written and the row of the newest."""
+    window = np.zeros((num_grads, gradients.shape[1]))
+    for step, gradient in enumerate(gradients):
+        window[step % num_grads] = gradient
+        yield window.copy(), step % num_grads

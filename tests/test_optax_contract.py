@@ -1,0 +1,54 @@
+"""Optax's own contract suite for contributed optimizers, run against ``mfac``.
+
+The suite stands in the wheel of Optax, with its list of optimizers expanded when the
+file is executed; so it is executed here with our entry in place of that list.
+"""
+
+import importlib.util
+import types
+from unittest import mock
+
+import optax
+from absl.testing import parameterized
+
+import mfac_jax
+
+# With a small damping a step is bounded by about lr · m / |g|, and near an optimum
+# stability wants lr / damp < 2 / L: hence the large damping of these toy problems.
+ENTRY = {
+    "opt_name": "mfac",
+    "opt_kwargs": {"learning_rate": 0.1, "num_grads": 8, "damp": 100.0},
+    "wrapper_name": None,
+    "wrapper_kwargs": None,
+}
+
+
+def load_contract_suite():
+    spec = importlib.util.find_spec("optax.contrib._common_test")
+    assert spec is not None
+    assert spec.origin is not None, "this version of Optax ships no contract suite"
+    product = parameterized.product
+
+    def product_with_our_entry(*optimizers, **axes):
+        return product(*[(ENTRY,) for _ in optimizers], **axes)
+
+    spec = importlib.util.spec_from_file_location("contract_suite", spec.origin)
+    assert spec is not None
+    assert spec.loader is not None
+    suite = importlib.util.module_from_spec(spec)
+    with mock.patch.object(parameterized, "product", product_with_our_entry):
+        spec.loader.exec_module(suite)
+    suite._get_opt_factory = lambda name: getattr(mfac_jax, name)
+    suite._inject = types.SimpleNamespace(
+        inject_hyperparams=lambda factory, static_args: optax.inject_hyperparams(
+            factory, static_args=("num_grads", "mask", "window", *static_args)
+        )
+    )
+    return suite
+
+
+ContribTest = load_contract_suite().ContribTest
+
+
+def test_the_suite_has_sixteen_tests():
+    assert sum(name.startswith("test_") for name in dir(ContribTest)) == 16

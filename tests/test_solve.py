@@ -1,0 +1,94 @@
+"""The damped Gram system: its relation to the paper, and its promise in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import mfac_jax
+from mfac_jax import _solve
+
+
+@pytest.mark.parametrize("num_grads", [1, 2, 7, 24])
+@pytest.mark.parametrize("damp", [1e-3, 1.0])
+def test_solve_is_the_recursion_of_the_paper(num_grads, damp):
+    rng = np.random.default_rng(num_grads)
+    window = rng.normal(size=(num_grads, 30))
+    index = num_grads // 2
+    recursive = oracles.recursive_inverse_product(window, window[index], damp)
+    dense = oracles.dense_inverse_product(window, window[index], damp)
+    np.testing.assert_allclose(recursive, dense, rtol=1e-9, atol=1e-12)
+    with jax.enable_x64(True):
+        solution = _solve.solve_for_row(
+            jnp.asarray(window @ window.T), jnp.asarray(index), jnp.asarray(damp)
+        )
+        direction = num_grads * solution.coefficients @ window
+    np.testing.assert_allclose(direction, recursive, rtol=1e-9, atol=1e-12)
+    assert not solution.raised
+
+
+def nearly_parallel(num_steps, difference, norm):
+    rng = np.random.default_rng(0)
+    base, noise = rng.normal(size=200), rng.normal(size=(num_steps, 200))
+    noise *= np.linalg.norm(base) / np.linalg.norm(noise, axis=1, keepdims=True)
+    gradients = base + difference * noise
+    gradients *= norm / np.linalg.norm(gradients, axis=1, keepdims=True)
+    return gradients.astype(np.float32)
+
+
+@pytest.mark.parametrize(("num_grads", "bound"), [(8, 0.05), (32, 0.05), (256, 0.1)])
+@pytest.mark.parametrize("damp", [1e-8, 1e-6])
+def test_parallel_gradients_at_the_damping_reported(num_grads, bound, damp):
+    opt = mfac_jax.scale_by_mfac(num_grads, damp)
+
+    def step(state, gradient):
+        update, state = opt.update(gradient, state)
+        return state, (update, state.damp, state.num_raised)
+
+    run = jax.jit(lambda gs: jax.lax.scan(step, opt.init(gs[0]), gs)[1])
+    num_steps = num_grads + num_grads // 4
+    steps = {0, 1, num_grads // 2, num_grads - 1, num_grads, num_steps - 1}
+    for difference in (0, 1e-6, 1e-4, 1e-2):
+        for norm in (1, 10, 1000):
+            gradients = nearly_parallel(num_steps, difference, norm)
+            updates, damps, num_raised = map(np.asarray, run(gradients))
+            assert np.all(np.isfinite(updates))
+            assert np.all(damps >= np.float32(damp))
+            np.testing.assert_array_equal(
+                np.diff(num_raised, prepend=0), damps > np.float32(damp)
+            )
+            for t, (window, row) in enumerate(
+                oracles.ring_windows(gradients, num_grads)
+            ):
+                if t not in steps:
+                    continue
+                system = num_grads * float(damps[t]) * np.eye(num_grads)
+                c = np.linalg.solve(window @ window.T + system, np.eye(num_grads)[row])
+                expected = num_grads * c @ window
+                error = np.linalg.norm(updates[t] - expected)
+                assert error <= bound * np.linalg.norm(expected), (difference, norm, t)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("damp", [1e-8, 1e-6, 1e-2])
+def test_well_separated_gradients_never_raise_the_damping(norm, damp):
+    gradients = np.random.default_rng(1).normal(size=(40, 200)).astype(np.float32)
+    gradients *= norm / np.linalg.norm(gradients, axis=1, keepdims=True)
+    opt = mfac_jax.scale_by_mfac(32, damp)
+    state = opt.init(jnp.zeros(200))
+    update = jax.jit(opt.update)
+    for gradient in gradients:
+        _, state = update(gradient, state)
+    assert state.num_raised == 0
+    assert state.damp == np.float32(damp)
+
+
+@pytest.mark.parametrize("damp", [0.0, -1.0, np.nan, np.inf, 1e-45, 3e38])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e18])
+def test_any_traced_damping_ends_in_a_finite_direction(damp, scale):
+    opt = mfac_jax.scale_by_mfac(4, lambda _: damp)
+    state = opt.init(jnp.zeros(3))
+    for _ in range(2):
+        update, state = jax.jit(opt.update)(jnp.full(3, scale), state)
+        assert np.all(np.isfinite(update))
