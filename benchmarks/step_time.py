@@ -2,8 +2,8 @@
 
     python benchmarks/step_time.py --num_grads 256 --size 1000000
 
-A step cannot be faster than two reads of the window. Their price is measured in the same
-process: one matrix-vector product `G g` and one combination `c G` of the same array.
+A step cannot be faster than two reads of the window. Their price is measured in the
+same process: one matrix-vector product `G g` and one combination `c G` of the array.
 """
 
 import argparse
