@@ -1,0 +1,266 @@
+"""Hugging Face model directories, read and written.
+
+They are read as they are on the hub, and written so that `transformers` loads them back.
+Parameter names are Hugging Face's module names (`modeling.py`). What differs is the
+last part, and linear layers are stored transposed; one table serves both directions.
+"""
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from transformers import BertConfig, BertTokenizerFast, PreTrainedTokenizerBase
+
+from bert_finetune import modeling
+from bert_finetune.errors import UserError
+from bert_finetune.torch_checkpoint import read_torch_checkpoint
+
+# Last part of a name here -> last part there; kernels are transposed.
+_LAST_PART = {
+    "kernel": "weight",
+    "embedding": "weight",
+    "scale": "weight",
+    "bias": "bias",
+}
+# TensorFlow's names, which checkpoints converted long ago still carry.
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# What a fine-tuning model adds to the encoder, and may have to initialise.
+_NEW_PARTS = {
+    "bert.pooler.": "pooler",
+    "classifier.": "classification head",
+    "qa_outputs.": "question-answering head",
+}
+_IGNORED = {
+    re.compile(r"(cls|classifier|qa_outputs)\..*"): "a head of another task",
+    re.compile(r"bert\.pooler\..*"): "a pooler, which this model does not have",
+    re.compile(r".*\.position_ids"): "position_ids, which follow from the length",
+}
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Pretrained(NamedTuple):
+    """A model read from a directory.
+
+    Attributes:
+      params: nested dict of arrays, as :func:`modeling.init_params` makes them.
+      config: with the labels of the task.
+      tokenizer: the fast tokenizer.
+      notes: one sentence for each thing that was ignored or initialised.
+    """
+
+    params: modeling.Params
+    config: BertConfig
+    tokenizer: PreTrainedTokenizerBase
+    notes: list[str]
+
+
+def load_pretrained(
+    directory: Path,
+    model_class: modeling.ModelClass,
+    *,
+    label_names: list[str] | None = None,
+    seed: int = 0,
+) -> Pretrained:
+    """Reads config, tokenizer and weights of a model.
+
+    Args:
+      directory: holds `config.json`, a tokenizer, and `model.safetensors` or
+        `pytorch_model.bin`.
+      model_class: the model to fill; what the checkpoint lacks of its pooler and head
+        is initialised from ``seed``.
+      label_names: the labels of the task, in the order of the logits; ``None`` keeps
+        those of the config.
+      seed: for what has to be initialised.
+
+    Raises:
+      UserError: naming the file, and the tensors that are missing, unknown or of
+        another shape.
+    """
+    config = read_config(directory)
+    if label_names is not None:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: i for i, name in enumerate(label_names)}
+    tokenizer = read_tokenizer(directory)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens, more than the "
+            f"vocab_size {config.vocab_size} of its config.json."
+        )
+    new_params = modeling.init_params(config, model_class, seed)
+    params, notes = params_from_tensors(read_tensors(directory), new_params, directory)
+    return Pretrained(params, config, tokenizer, notes)
+
+
+def read_config(directory: Path) -> BertConfig:
+    """Reads `config.json`; one without ``model_type`` is taken for BERT's."""
+    path = directory / "config.json"
+    try:
+        entries = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} has no config.json.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    model_type = entries.pop("model_type", "bert")
+    if model_type != "bert":
+        raise UserError(
+            f"{path} has model_type {model_type!r}; only 'bert' is supported."
+        )
+    config = BertConfig.from_dict(entries)
+    modeling.check_config(config)
+    return config
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Reads the fast tokenizer from its own files or from `vocab.txt` alone."""
+    if not any((directory / name).exists() for name in ("vocab.txt", "tokenizer.json")):
+        raise UserError(
+            f"{directory} has no tokenizer: neither vocab.txt nor tokenizer.json."
+        )
+    try:
+        return BertTokenizerFast.from_pretrained(directory)
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer in {directory} cannot be read: {error}"
+        ) from error
+
+
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """Reads the weights under the names of the file."""
+    safetensors_path, torch_path = (directory / name for name in _WEIGHT_FILES)
+    if safetensors_path.exists():
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return load_file(safetensors_path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{safetensors_path} cannot be read: {error}") from None
+    if torch_path.exists():
+        return read_torch_checkpoint(torch_path)
+    raise UserError(
+        f"{directory} has no weights: neither {' nor '.join(_WEIGHT_FILES)}."
+    )
+
+
+def params_from_tensors(
+    tensors: dict[str, np.ndarray], new_params: modeling.Params, source: Any
+) -> tuple[modeling.Params, list[str]]:
+    """Fills parameters from the tensors of a checkpoint.
+
+    Args:
+      tensors: by Hugging Face's names, with or without the prefix ``bert.``.
+      new_params: initialised parameters; they give names and shapes, and stay where the
+        checkpoint has no pooler or no head.
+      source: where the tensors come from, for messages.
+
+    Returns:
+      The parameters, and a sentence for each thing ignored or initialised.
+
+    Raises:
+      UserError: naming the tensors that are missing, unknown or of another shape.
+    """
+    tensors = _canonical_names(tensors)
+    flat_params = traverse_util.flatten_dict(new_params, sep="/")
+    problems, ignored, initialised = [], set(), set()
+    for path, param in flat_params.items():
+        name = _tensor_name(path)
+        tensor = tensors.pop(name, None)
+        if tensor is None:
+            part = next((p for s, p in _NEW_PARTS.items() if name.startswith(s)), None)
+            if part is None:
+                problems.append(f"{name} is missing")
+            else:
+                initialised.add(part)
+            continue
+        if path.endswith("/kernel"):
+            tensor = tensor.T
+        if tensor.shape != param.shape:
+            expected = param.shape[::-1] if path.endswith("/kernel") else param.shape
+            shape = tensor.shape[::-1] if path.endswith("/kernel") else tensor.shape
+            problems.append(f"{name} has shape {shape}, expected {expected}")
+            continue
+        flat_params[path] = jnp.asarray(tensor, param.dtype)
+    for name in tensors:
+        reason = next((r for p, r in _IGNORED.items() if p.fullmatch(name)), None)
+        if reason is None:
+            problems.append(f"{name} is unknown")
+        else:
+            ignored.add(reason)
+    if problems:
+        shown = "; ".join(problems[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            f"the weights in {source} do not fit config.json: {shown}{more}."
+        )
+    notes = [f"The checkpoint holds {what}: ignored." for what in sorted(ignored)]
+    notes += [
+        f"The checkpoint has no {part}: initialised from the seed."
+        for part in sorted(initialised)
+    ]
+    return traverse_util.unflatten_dict(flat_params, sep="/"), notes
+
+
+def tensors_from_params(params: modeling.Params) -> dict[str, np.ndarray]:
+    """Returns the parameters under Hugging Face's names, in its layout."""
+    tensors = {}
+    for path, param in traverse_util.flatten_dict(params, sep="/").items():
+        array = np.asarray(jax.device_get(param))
+        if path.endswith("/kernel"):
+            array = array.T
+        tensors[_tensor_name(path)] = np.ascontiguousarray(array)
+    return tensors
+
+
+def save_pretrained(
+    directory: Path,
+    params: modeling.Params,
+    config: BertConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model_class: modeling.ModelClass,
+) -> None:
+    """Writes a directory that `transformers` loads; each file appears whole or not.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    from safetensors.numpy import save
+
+    config.architectures = [model_class.__name__]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
+            # Not save_file: it makes the file unreadable for other users.
+            weights = save(tensors_from_params(params), metadata={"format": "pt"})
+            Path(staging, "model.safetensors").write_bytes(weights)
+            config.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+            for file in sorted(Path(staging).iterdir()):
+                os.replace(file, directory / file.name)
+    except OSError as error:
+        raise UserError(
+            f"the model cannot be written to {directory}: {error}"
+        ) from error
+
+
+def _canonical_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    has_prefix = any(name.startswith("bert.") for name in tensors)
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(old, new)
+        if not has_prefix and name.startswith(("embeddings.", "encoder.", "pooler.")):
+            name = f"bert.{name}"
+        renamed[name] = tensor
+    return renamed
+
+
+def _tensor_name(path: str) -> str:
+    *modules, last = path.split("/")
+    return ".".join([*modules, _LAST_PART[last]])

@@ -1,0 +1,184 @@
+"""`--optim` and `--optim_args`: the optimizer, its schedule, the memory it takes."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import psutil
+
+import mfac_jax
+from bert_finetune.arguments import Arguments
+from bert_finetune.errors import UserError
+
+# Beside the optimizer's state: parameters, gradient, update and activations of a batch,
+# in units of the parameters.
+_WORKING_COPIES = 4
+
+
+class Optimizer(NamedTuple):
+    """An optimizer ready for the train step.
+
+    Attributes:
+      name: as given to `--optim`.
+      hyperparams: every hyper-parameter with its value.
+      schedule: learning rate by step.
+      transformation: clipping followed by the optimizer.
+    """
+
+    name: str
+    hyperparams: dict[str, Any]
+    schedule: optax.Schedule
+    transformation: optax.GradientTransformation
+
+
+def _mfac(schedule: optax.Schedule, hyperparams: Mapping[str, Any]):
+    return mfac_jax.mfac(schedule, **hyperparams, mask=decay_mask)
+
+
+def _adamw(schedule: optax.Schedule, hyperparams: Mapping[str, Any]):
+    for name in ("b1", "b2"):
+        if not 0 <= hyperparams[name] < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {hyperparams[name]}.")
+    for name in ("eps", "weight_decay"):
+        if hyperparams[name] < 0:
+            raise ValueError(f"{name} must be at least 0, got {hyperparams[name]}.")
+    return optax.adamw(schedule, **hyperparams, mask=decay_mask)
+
+
+# name -> factory and defaults; `lr` and `weight_decay` default to their flags.
+_OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "MFAC": (_mfac, {"num_grads": 1024, "damp": 1e-6, "momentum": 0.0}),
+    "adamw": (_adamw, {"b1": 0.9, "b2": 0.999, "eps": 1e-8}),
+}
+
+
+def make_optimizer(args: Arguments, num_steps: int) -> Optimizer:
+    """Builds what `--optim`, `--optim_args` and the flags beside them describe.
+
+    Raises:
+      UserError: for an unknown optimizer or hyper-parameter, malformed JSON, or a value
+        out of range.
+    """
+    if args.optim not in _OPTIMIZERS:
+        raise UserError(
+            f"--optim must be one of {', '.join(_OPTIMIZERS)}, got {args.optim!r}."
+        )
+    factory, defaults = _OPTIMIZERS[args.optim]
+    hyperparams = {
+        "lr": args.learning_rate,
+        **defaults,
+        "weight_decay": args.weight_decay,
+    }
+    hyperparams |= _parse_optim_args(args, hyperparams)
+    lr = hyperparams["lr"]
+    if not 0 <= lr < float("inf"):
+        raise UserError(f"the learning rate must be finite and at least 0, got {lr}.")
+    schedule = linear_schedule(lr, num_steps, args.warmup_ratio)
+    try:
+        optimizer = factory(
+            schedule, {k: v for k, v in hyperparams.items() if k != "lr"}
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--optim_args of {args.optim}: {error}") from None
+    clip = (
+        optax.clip_by_global_norm(args.max_grad_norm)
+        if args.max_grad_norm
+        else optax.identity()
+    )
+    return Optimizer(args.optim, hyperparams, schedule, optax.chain(clip, optimizer))
+
+
+def _parse_optim_args(args: Arguments, known: Mapping[str, Any]) -> dict[str, Any]:
+    if args.optim_args is None:
+        return {}
+    try:
+        given = json.loads(args.optim_args)
+    except ValueError as error:
+        raise UserError(
+            f"--optim_args is not valid JSON ({error}): {args.optim_args!r}. "
+            "Example: '{\"lr\": 1e-4}'."
+        ) from None
+    if not isinstance(given, dict):
+        raise UserError(f"--optim_args must be a JSON object, got {args.optim_args!r}.")
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(
+                f"--optim_args has the unknown key {name!r}; {args.optim} knows "
+                f"{', '.join(known)}."
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{name} in --optim_args must be a number, got {value!r}.")
+    return given
+
+
+def linear_schedule(
+    peak: float, num_steps: int, warmup_ratio: float = 0.0
+) -> optax.Schedule:
+    """Linear rise over the warm-up, if there is one, then linear decay to zero."""
+    num_warmup = -int(-num_steps * warmup_ratio // 1)
+    decay = optax.linear_schedule(peak, 0.0, max(1, num_steps - num_warmup))
+    if num_warmup == 0:
+        return decay
+    rise = optax.linear_schedule(0.0, peak, num_warmup)
+    return optax.join_schedules([rise, decay], [num_warmup])
+
+
+def decay_mask(params: Any) -> Any:
+    """Marks what decays: all but biases and LayerNorm weights, as in Hugging Face."""
+
+    def decays(path, _):
+        return path[-1].key != "bias" and not any(p.key == "LayerNorm" for p in path)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def nbytes(tree: Any) -> int:
+    """Returns the bytes of all arrays of a tree, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_memory(optimizer: Optimizer, params: Any) -> None:
+    """Refuses an optimizer state that will not fit, before anything is allocated.
+
+    Raises:
+      UserError: with the size of the state, the memory there is, and what would fit.
+    """
+    state = nbytes(jax.eval_shape(optimizer.transformation.init, params))
+    working = _WORKING_COPIES * nbytes(params)
+    available = available_memory()
+    if state + working <= available:
+        return
+    message = (
+        f"the state of {optimizer.name} takes {state / 1e9:.1f} GB and training beside "
+        f"it about {working / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory are "
+        "available."
+    )
+    num_grads = optimizer.hyperparams.get("num_grads")
+    if num_grads is not None:
+        fitting = int((available - working) / (state / num_grads))
+        message += (
+            f" Its window holds num_grads = {num_grads} gradients; "
+            f"{max(fitting, 0)} would fit: lower num_grads in --optim_args."
+        )
+    raise UserError(message)
+
+
+def available_memory() -> int:
+    """Returns the bytes that can still be allocated on the first device."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    available = psutil.virtual_memory().available
+    for limit_file in (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ):
+        try:
+            limit = int(Path(limit_file).read_text())
+        except (OSError, ValueError):
+            continue  # No such version of cgroups, or "max": no limit.
+        available = min(available, limit - psutil.Process().memory_info().rss)
+    return available
