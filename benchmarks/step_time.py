@@ -11,6 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ def measure(num_grads: int, size: int, repeats: int) -> dict[str, float]:
     gradient = jax.random.normal(jax.random.key(0), shape)
     opt = mfac_jax.scale_by_mfac(num_grads)
     update = jax.jit(opt.update, donate_argnums=1)
-    state = opt.init(gradient)
-    memory = update.lower(gradient, state).compile().memory_analysis()
+    state: Any = opt.init(gradient)
+    memory: Any = update.lower(gradient, state).compile().memory_analysis()
     for i in range(4):
         _, state = update(jax.random.normal(jax.random.key(i), shape), state)
 
@@ -79,7 +80,7 @@ def measure(num_grads: int, size: int, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     """Prints one JSON object: the measurement, the device and the versions."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num_grads", type=int, default=256)
     parser.add_argument("--size", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=20)

@@ -1,6 +1,6 @@
 """Hugging Face model directories, read and written.
 
-They are read as they are on the hub, and written so that `transformers` loads them back.
+They are read as they are on the hub, and written so that `transformers` loads them.
 Parameter names are Hugging Face's module names (`modeling.py`). What differs is the
 last part, and linear layers are stored transposed; one table serves both directions.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from transformers import BertConfig, BertTokenizerFast, PreTrainedTokenizerBase
+from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerBase
 
 from bert_finetune import modeling
 from bert_finetune.errors import UserError
@@ -124,7 +124,7 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             f"{directory} has no tokenizer: neither vocab.txt nor tokenizer.json."
         )
     try:
-        return BertTokenizerFast.from_pretrained(directory)
+        return BertTokenizer.from_pretrained(directory)
     except Exception as error:
         raise UserError(
             f"the tokenizer in {directory} cannot be read: {error}"
@@ -167,7 +167,7 @@ def params_from_tensors(
       UserError: naming the tensors that are missing, unknown or of another shape.
     """
     tensors = _canonical_names(tensors)
-    flat_params = traverse_util.flatten_dict(new_params, sep="/")
+    flat_params: dict[str, Any] = traverse_util.flatten_dict(new_params, sep="/")  # pyright: ignore[reportAssignmentType]
     problems, ignored, initialised = [], set(), set()
     for path, param in flat_params.items():
         name = _tensor_name(path)

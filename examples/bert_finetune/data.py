@@ -53,7 +53,8 @@ def tokenize(
     for start in range(0, size, _TOKENIZER_CHUNK):
         rows = slice(start, start + _TOKENIZER_CHUNK)
         encoded = tokenizer(
-            *(list(column[rows]) for column in texts),
+            list(texts[0][rows]),
+            list(texts[1][rows]) if len(texts) > 1 else None,
             padding="max_length",
             truncation=True,
             max_length=max_length,

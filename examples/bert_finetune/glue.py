@@ -71,7 +71,6 @@ def run(args: Arguments) -> dict[str, float]:
         train_set = load_split(args, "train", args.max_train_samples)
     if args.do_eval:
         eval_set = load_split(args, "validation", args.max_eval_samples)
-    output_dir = prepare_output_dir(args)
     model = checkpoints.load_pretrained(
         directory,
         modeling.BertForSequenceClassification,
@@ -83,22 +82,26 @@ def run(args: Arguments) -> dict[str, float]:
             f"--max_seq_length {args.max_seq_length} is more than the "
             f"{model.config.max_position_embeddings} positions of the model."
         )
+    plan = None
+    if train_set is not None:
+        plan = _plan_training(args, len(train_set))
+        optimizers.check_memory(plan.optimizer, model.params)
+    output_dir = prepare_output_dir(args)
+    # From here on nothing is left to refuse.
     for note in model.notes:
         print(note)
     history = results = {}
-    if train_set is not None:
-        model, history, results = _train(args, output_dir, model, train_set)
+    if train_set is not None and plan is not None:
+        model, history, results = _train(args, plan, output_dir, model, train_set)
     if eval_set is not None:
-        eval_results = _evaluate(args, model, eval_set)
-        reporting.write_json(output_dir / "eval_results.json", eval_results | results)
-        results = eval_results
-        for name, value in eval_results.items():
+        results = results | _evaluate(args, model, eval_set)
+        reporting.write_json(output_dir / "eval_results.json", results)
+        for name, value in results.items():
             print(f"{name:24} {value:.4f}")
     if history:
-        name = f"{args.task_name}, {args.optim}"
         reporting.plot_curves(
             output_dir / "curves.png",
-            name,
+            f"{args.task_name}, {args.optim}",
             {args.optim: history},
             {args.optim: results},
         )
@@ -116,28 +119,10 @@ def load_split(
     """
     datasets.disable_progress_bars()
     task = TASKS[args.task_name]
-    directory = Path(args.dataset_name)
-    if directory.is_dir():
-        pattern = f"{args.task_name}/{split}-*.parquet"
-        files = sorted(str(file) for file in directory.glob(pattern))
-        if not files:
-            raise UserError(f"there is no {pattern} in {directory}.")
-        source = {"path": "parquet", "data_files": files, "split": "train"}
-        reachable = True
+    if Path(args.dataset_name).is_dir():
+        dataset = _load_from_directory(Path(args.dataset_name), args.task_name, split)
     else:
-        reachable = hub.hub_is_reachable()
-        source = {"path": args.dataset_name, "name": args.task_name, "split": split}
-    try:
-        dataset = datasets.load_dataset(**source)
-    except Exception as error:
-        if directory.is_dir():
-            raise UserError(f"{', '.join(files)} cannot be read: {error}") from None
-        raise UserError(
-            f"data set {args.dataset_name!r} is not a directory here, and "
-            f"{hub.hub_failure(reachable, error)} Give --dataset_name a directory that "
-            f"holds {args.task_name}/train-*.parquet and validation-*.parquet."
-        ) from None
-    assert isinstance(dataset, datasets.Dataset)
+        dataset = _load_from_hub(args.dataset_name, args.task_name, split)
     where = f"the {split} split of {args.task_name} in {args.dataset_name}"
     if len(dataset) == 0:
         raise UserError(f"{where} is empty.")
@@ -149,6 +134,13 @@ def load_split(
             )
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
+    for column in task.text_columns:
+        texts = dataset.data.column(column)
+        if str(texts.type) not in ("string", "large_string") or texts.null_count:
+            raise UserError(
+                f"column {column!r} of {where} must hold a text in every row; it has "
+                f"type {texts.type} and {texts.null_count} empty entries."
+            )
     labels, num_labels = np.asarray(dataset["label"]), len(task.label_names)
     if not (
         np.issubdtype(labels.dtype, np.integer)
@@ -160,6 +152,30 @@ def load_split(
             f"{sorted(set(labels.tolist()), key=str)[:5]}."
         )
     return dataset
+
+
+def _load_from_directory(directory: Path, task: str, split: str) -> datasets.Dataset:
+    pattern = f"{task}/{split}-*.parquet"
+    files = sorted(str(file) for file in directory.glob(pattern))
+    if not files:
+        raise UserError(f"there is no {pattern} in {directory}.")
+    try:
+        # One unnamed split, which datasets calls "train".
+        return datasets.load_dataset("parquet", data_files=files, split="train")
+    except Exception as error:
+        raise UserError(f"{', '.join(files)} cannot be read: {error}") from None
+
+
+def _load_from_hub(name: str, task: str, split: str) -> datasets.Dataset:
+    reachable = hub.hub_is_reachable()
+    try:
+        return datasets.load_dataset(name, task, split=split)
+    except Exception as error:
+        raise UserError(
+            f"data set {name!r} is not a directory here, and "
+            f"{hub.hub_failure(reachable, error)} Give --dataset_name a directory that "
+            f"holds {task}/train-*.parquet and validation-*.parquet."
+        ) from None
 
 
 def prepare_output_dir(args: Arguments) -> Path:
@@ -186,6 +202,21 @@ def prepare_output_dir(args: Arguments) -> Path:
     return output_dir
 
 
+class _Plan(NamedTuple):
+    num_steps: int
+    steps_per_epoch: int
+    optimizer: optimizers.Optimizer
+
+
+def _plan_training(args: Arguments, num_examples: int) -> _Plan:
+    steps_per_epoch = math.ceil(num_examples / args.per_device_train_batch_size)
+    num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
+    if args.max_steps > 0:
+        num_steps = args.max_steps
+    optimizer = optimizers.make_optimizer(args, num_steps)
+    return _Plan(num_steps, steps_per_epoch, optimizer)
+
+
 def _tokenize(
     args: Arguments, model: checkpoints.Pretrained, dataset: datasets.Dataset
 ) -> data.Features:
@@ -195,18 +226,14 @@ def _tokenize(
 
 def _train(
     args: Arguments,
+    plan: _Plan,
     output_dir: Path,
     model: checkpoints.Pretrained,
     dataset: datasets.Dataset,
 ) -> tuple[checkpoints.Pretrained, dict[str, list[float]], dict[str, float]]:
     """Trains and saves; returns the model, metrics by step, and what was reached."""
+    num_steps, steps_per_epoch, optimizer = plan
     batch_size = args.per_device_train_batch_size
-    steps_per_epoch = math.ceil(len(dataset) / batch_size)
-    num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
-    if args.max_steps > 0:
-        num_steps = args.max_steps
-    optimizer = optimizers.make_optimizer(args, num_steps)
-    optimizers.check_memory(optimizer, model.params)
     features = _tokenize(args, model, dataset)
     loss_fn = training.classification_loss(
         modeling.make_apply(model.config, modeling.BertForSequenceClassification)
@@ -295,5 +322,6 @@ def _evaluate(
         "samples": len(features),
         "runtime": seconds,
         "samples_per_second": len(features) / seconds,
+        "steps_per_second": math.ceil(len(features) / batch_size) / seconds,
     }
     return {f"eval_{name}": value for name, value in results.items()}

@@ -221,7 +221,8 @@ class BertForSequenceClassification(nnx.Module):
         self.bert = BertModel(layers, add_pooling_layer=True)
         rate = config.classifier_dropout
         self.dropout = nnx.Dropout(config.hidden_dropout_prob if rate is None else rate)
-        self.classifier = layers.linear(config.hidden_size, config.num_labels)
+        num_labels: Any = config.num_labels  # None in the annotation, never in fact.
+        self.classifier = layers.linear(config.hidden_size, num_labels)
 
     def __call__(
         self,

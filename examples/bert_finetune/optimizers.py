@@ -1,11 +1,13 @@
 """`--optim` and `--optim_args`: the optimizer, its schedule, the memory it takes."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 import psutil
 
@@ -45,7 +47,42 @@ def _adamw(schedule: optax.Schedule, hyperparams: Mapping[str, Any]):
     for name in ("eps", "weight_decay"):
         if hyperparams[name] < 0:
             raise ValueError(f"{name} must be at least 0, got {hyperparams[name]}.")
-    return optax.adamw(schedule, **hyperparams, mask=decay_mask)
+    b1, b2, eps, weight_decay = (
+        float(hyperparams[name]) for name in ("b1", "b2", "eps", "weight_decay")
+    )
+    return optax.chain(
+        _scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Like :func:`optax.scale_by_adam`, with the bias correction in full precision.
+
+    Optax computes ``1 − βᵗ`` in float32, which for ``β = 0.999`` has a relative error
+    of up to 1e-5: on a small BERT, losses 5e-6 away from torch's instead of 1e-7.
+    """
+
+    def update_fn(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+
+        def correction(beta):
+            return -jnp.expm1(count * (math.log(beta) if beta else -math.inf))
+
+        updates = jax.tree.map(
+            lambda m, v: (
+                (m / correction(b1)) / (jnp.sqrt(v / correction(b2)) + eps)
+            ).astype(m.dtype),
+            mu,
+            nu,
+        )
+        return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update_fn)
 
 
 # name -> factory and defaults; `lr` and `weight_decay` default to their flags.
@@ -118,7 +155,7 @@ def linear_schedule(
     peak: float, num_steps: int, warmup_ratio: float = 0.0
 ) -> optax.Schedule:
     """Linear rise over the warm-up, if there is one, then linear decay to zero."""
-    num_warmup = -int(-num_steps * warmup_ratio // 1)
+    num_warmup = math.ceil(num_steps * warmup_ratio)
     decay = optax.linear_schedule(peak, 0.0, max(1, num_steps - num_warmup))
     if num_warmup == 0:
         return decay

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def make_train_step(
             state.params, batch, dropout_key
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         for name in _OPTIMIZER_SCALARS:
             value = optax.tree.get(opt_state, name)
             if value is not None:
@@ -129,8 +129,8 @@ def train(
     in_flight = collections.deque()
     interactive = sys.stderr.isatty()
     # A file gets a line now and then, a terminal a live bar.
-    refresh = {"mininterval": 0.2 if interactive else 30.0}
-    with tqdm(total=num_steps, unit="step", **refresh) as bar:
+    interval = 0.2 if interactive else 30.0
+    with tqdm(total=num_steps, unit="step", mininterval=interval) as bar:
         started, examples = time.perf_counter(), 0
 
         def report(wait: bool):
@@ -143,7 +143,7 @@ def train(
                         f"the loss is {metrics['loss']} at step {step}: training has "
                         "diverged. Lower the learning rate, or raise damp for MFAC."
                     )
-                metrics["learning_rate"] = float(schedule(step - 1))
+                metrics["learning_rate"] = float(np.asarray(schedule(step - 1)))
                 examples += size
                 bar.set_postfix(
                     loss=f"{metrics['loss']:.4f}",
