@@ -107,12 +107,18 @@ def read_config(directory: Path) -> BertConfig:
         raise UserError(f"{directory} has no config.json.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path} must hold a JSON object.")
     model_type = entries.pop("model_type", "bert")
     if model_type != "bert":
         raise UserError(
             f"{path} has model_type {model_type!r}; only 'bert' is supported."
         )
-    config = BertConfig.from_dict(entries)
+    try:
+        config = BertConfig.from_dict(entries)
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip()
+        raise UserError(f"{path} cannot be used: {reason}") from None
     modeling.check_config(config)
     return config
 

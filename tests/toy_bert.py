@@ -1,0 +1,141 @@
+"""A tiny BERT on disk and GLUE-like data to train it on, made from nothing."""
+
+import collections
+import io
+import json
+import pickle
+import sys
+import types
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from bert_finetune import checkpoints, modeling
+from safetensors.numpy import save_file
+from transformers import BertConfig
+
+WORDS = "good bad film day red blue one two no yes cat dog".split()
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+CONFIG = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "vocab_size": len(VOCABULARY),
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "initializer_range": 0.02,
+}
+_STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
+
+
+def tensors(model_class=modeling.BertForSequenceClassification, seed=0):
+    """Random weights under Hugging Face's names."""
+    params = modeling.init_params(BertConfig(**CONFIG), model_class, seed)
+    named = checkpoints.tensors_from_params(params)
+    rng = np.random.default_rng(seed)
+    return {
+        name: (0.1 * rng.standard_normal(tensor.shape)).astype(tensor.dtype)
+        for name, tensor in named.items()
+    }
+
+
+def write_model(directory, weights=None, *, as_torch=False, **config):
+    """Writes the three files of an old checkpoint: no model_type, no tokenizer config."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.joinpath("config.json").write_text(json.dumps(CONFIG | config))
+    directory.joinpath("vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    weights = tensors() if weights is None else weights
+    if as_torch:
+        write_torch_checkpoint(directory / "pytorch_model.bin", weights)
+    else:
+        save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+class _Storage:
+    def __init__(self, key, array):
+        self.key, self.array = key, array
+
+
+def write_torch_checkpoint(path, state, extra=None):
+    """Writes what `torch.save` would, from arrays and other picklable objects."""
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+
+    def rebuild():
+        raise AssertionError("only the name of this function is pickled")
+
+    rebuild.__module__, rebuild.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+    rebuild.__name__ = "_rebuild_tensor_v2"
+    utils._rebuild_tensor_v2 = rebuild
+    for name in _STORAGES.values():
+        setattr(torch, name, type(name, (), {"__module__": "torch"}))
+    storages = []
+
+    class Tensor:
+        def __init__(self, array):
+            self.array = np.ascontiguousarray(array)
+
+        def __reduce__(self):
+            storage = _Storage(str(len(storages)), self.array)
+            storages.append(storage)
+            strides = [s // self.array.itemsize for s in self.array.strides]
+            hooks = collections.OrderedDict()
+            return rebuild, (storage, 0, self.array.shape, tuple(strides), False, hooks)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            if not isinstance(obj, _Storage):
+                return None
+            kind = getattr(torch, _STORAGES[obj.array.dtype.name])
+            return ("storage", kind, obj.key, "cpu", obj.array.size)
+
+    entries = collections.OrderedDict(
+        (k, Tensor(v) if isinstance(v, np.ndarray) else v) for k, v in state.items()
+    )
+    buffer = io.BytesIO()
+    with mock.patch.dict(sys.modules, {"torch": torch, "torch._utils": utils}):
+        Pickler(buffer, protocol=2).dump(entries)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", buffer.getvalue())
+        archive.writestr("archive/byteorder", "little")
+        for storage in storages:
+            archive.writestr(f"archive/data/{storage.key}", storage.array.tobytes())
+        archive.writestr("archive/version", "3\n")
+
+
+def write_parquet(path, columns):
+    """Writes columns, a mapping of lists, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pa.table(columns), path)
+
+
+def write_task(directory, task, num_train=96, num_eval=37):
+    """Writes both splits of a task: texts with "good" in them have label 1."""
+    rng = np.random.default_rng(0)
+    names = {
+        "sst2": ["sentence"],
+        "mrpc": ["sentence1", "sentence2"],
+        "qqp": ["question1", "question2"],
+    }[task]
+    for split, size in {"train": num_train, "validation": num_eval}.items():
+        labels = rng.integers(0, 2, size)
+        columns = {}
+        for name in names:
+            texts = [list(rng.choice(WORDS[2:], rng.integers(3, 9))) for _ in labels]
+            for text, label in zip(texts, labels, strict=True):
+                text[rng.integers(len(text))] = "good" if label else "bad"
+            columns[name] = [" ".join(text) for text in texts]
+        columns |= {"label": labels.tolist(), "idx": list(range(size))}
+        write_parquet(
+            Path(directory, task, f"{split}-00000-of-00001.parquet"), columns
+        )
+    return Path(directory)
