@@ -21,7 +21,7 @@ WORDS = "good bad film day red blue one two no yes cat dog".split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 CONFIG = {
     "hidden_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "max_position_embeddings": 32,
@@ -42,7 +42,7 @@ def tensors(model_class=modeling.BertForSequenceClassification, seed=0):
     named = checkpoints.tensors_from_params(params)
     rng = np.random.default_rng(seed)
     return {
-        name: (0.1 * rng.standard_normal(tensor.shape)).astype(tensor.dtype)
+        name: tensor + rng.normal(0, 0.1, tensor.shape).astype(tensor.dtype)
         for name, tensor in named.items()
     }
 
@@ -118,7 +118,7 @@ def write_parquet(path, columns):
     pyarrow.parquet.write_table(pa.table(columns), path)
 
 
-def write_task(directory, task, num_train=96, num_eval=37):
+def write_task(directory, task, num_train=320, num_eval=37):
     """Writes both splits of a task: texts with "good" in them have label 1."""
     rng = np.random.default_rng(0)
     names = {
@@ -135,7 +135,5 @@ def write_task(directory, task, num_train=96, num_eval=37):
                 text[rng.integers(len(text))] = "good" if label else "bad"
             columns[name] = [" ".join(text) for text in texts]
         columns |= {"label": labels.tolist(), "idx": list(range(size))}
-        write_parquet(
-            Path(directory, task, f"{split}-00000-of-00001.parquet"), columns
-        )
+        write_parquet(Path(directory, task, f"{split}-00000-of-00001.parquet"), columns)
     return Path(directory)

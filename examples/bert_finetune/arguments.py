@@ -73,9 +73,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
       UserError: naming the flag, its value and what it may be.
     """
     parser = HfArgumentParser(Arguments, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
-    (args,) = parser.parse_args_into_dataclasses(
-        None if argv is None else list(argv), look_for_args_file=False
+    args, unknown = parser.parse_args_into_dataclasses(
+        None if argv is None else list(argv),
+        return_remaining_strings=True,
+        look_for_args_file=False,
     )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     _check(args)
     return args
 

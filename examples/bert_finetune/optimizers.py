@@ -183,8 +183,8 @@ def check_memory(optimizer: Optimizer, params: Any) -> None:
     Raises:
       UserError: with the size of the state, the memory there is, and what would fit.
     """
-    state = nbytes(jax.eval_shape(optimizer.transformation.init, params))
-    working = _WORKING_COPIES * nbytes(params)
+    shapes = jax.eval_shape(optimizer.transformation.init, params)
+    state, working = nbytes(shapes), _WORKING_COPIES * nbytes(params)
     available = available_memory()
     if state + working <= available:
         return
@@ -195,10 +195,12 @@ def check_memory(optimizer: Optimizer, params: Any) -> None:
     )
     num_grads = optimizer.hyperparams.get("num_grads")
     if num_grads is not None:
-        fitting = int((available - working) / (state / num_grads))
+        window = nbytes(optax.tree.get(shapes, "window"))
+        for_window = available - working - (state - window)
+        fitting = max(0, for_window * num_grads // window)
         message += (
-            f" Its window holds num_grads = {num_grads} gradients; "
-            f"{max(fitting, 0)} would fit: lower num_grads in --optim_args."
+            f" Its window holds num_grads = {num_grads} gradients; {fitting} would "
+            "fit: lower num_grads in --optim_args."
         )
     raise UserError(message)
 

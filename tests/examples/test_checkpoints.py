@@ -133,7 +133,7 @@ def change_weights(directory, change):
 
 
 TABLE = "bert.embeddings.word_embeddings.weight"
-QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         ),
         (lambda w: w.pop(QUERY), f"{QUERY} is missing"),
         (
-            lambda w: w.update({"bert.encoder.layer.2.x": np.zeros(1, np.float32)}),
-            "bert.encoder.layer.2.x is unknown",
+            lambda w: w.update({"bert.encoder.layer.1.x": np.zeros(1, np.float32)}),
+            "bert.encoder.layer.1.x is unknown",
         ),
         (
             lambda w: w.update({"classifier.bias": np.zeros(3, np.float32)}),

@@ -1,0 +1,77 @@
+import pytest
+from bert_finetune.arguments import parse_arguments
+from bert_finetune.errors import UserError
+
+REQUIRED = (
+    "--model_name_or_path somewhere --task_name qqp --output_dir out --do_train"
+).split()
+
+
+def test_the_published_command():
+    args = parse_arguments(
+        [
+            *"--seed 1234 --model_name_or_path prajjwal1/bert-tiny".split(),
+            *"--task_name qqp --do_train --do_eval --max_seq_length 128".split(),
+            *"--per_device_train_batch_size 32 --learning_rate 1e-4".split(),
+            *"--num_train_epochs 5 --output_dir out_dir/ --optim MFAC".split(),
+            *["--optim_args", '{"lr": 1e-4, "num_grads": 1024, "damp": 1e-6}'],
+        ]
+    )
+    assert args.model_name_or_path == "prajjwal1/bert-tiny"
+    assert args.dataset_name == "nyu-mll/glue"
+    assert args.do_train
+    assert args.do_eval
+    assert (args.seed, args.max_seq_length, args.num_train_epochs) == (1234, 128, 5.0)
+    assert args.optim_args == '{"lr": 1e-4, "num_grads": 1024, "damp": 1e-6}'
+
+
+def test_defaults_are_those_of_transformers_4():
+    args = parse_arguments(REQUIRED)
+    assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (5e-5, 0, 1)
+    assert (args.num_train_epochs, args.max_steps, args.warmup_ratio) == (3, -1, 0)
+    assert args.per_device_train_batch_size == args.per_device_eval_batch_size == 8
+    assert (args.logging_steps, args.seed, args.max_seq_length) == (500, 42, 128)
+    assert args.max_train_samples is args.max_eval_samples is None
+    assert not args.do_eval
+    assert not args.overwrite_output_dir
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--max_seq_length 2",
+        "--per_device_train_batch_size 0",
+        "--per_device_eval_batch_size -1",
+        "--max_train_samples 0",
+        "--max_eval_samples 0",
+        "--learning_rate -0.1",
+        "--learning_rate inf",
+        "--weight_decay -1",
+        "--max_grad_norm nan",
+        "--logging_steps 0",
+        "--seed -1",
+        "--num_train_epochs 0",
+        "--max_steps 0",
+        "--max_steps -2",
+        "--warmup_ratio 1.5",
+    ],
+)
+def test_a_value_out_of_range_is_named(flags):
+    flag, value = flags.split()
+    with pytest.raises(UserError, match=rf"{flag} must be .*got {float(value):g}"):
+        parse_arguments([*REQUIRED, flag, value])
+
+
+@pytest.mark.parametrize(
+    "argv", [REQUIRED[:4], [*REQUIRED, "--adafactor"], [*REQUIRED, "--seed", "one"]]
+)
+def test_what_argparse_refuses(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(argv)
+    assert caught.value.code != 0
+    assert "error: " in capsys.readouterr().err
+
+
+def test_nothing_to_do_is_an_error():
+    with pytest.raises(UserError, match="--do_train, --do_eval or both"):
+        parse_arguments(REQUIRED[:-1])

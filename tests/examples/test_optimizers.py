@@ -1,0 +1,170 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from bert_finetune import optimizers
+from bert_finetune.arguments import parse_arguments
+from bert_finetune.errors import UserError
+
+
+def args_of(optim="MFAC", optim_args=None, *flags):
+    required = "--model_name_or_path m --task_name qqp --output_dir o --do_train"
+    if optim_args is not None:
+        flags = (*flags, "--optim_args", optim_args)
+    return parse_arguments([*required.split(), "--optim", optim, *flags])
+
+
+PARAMS = {
+    "dense": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.ones(3)},
+    "LayerNorm": {"scale": jnp.ones(3), "bias": jnp.ones(3)},
+}
+
+
+def test_hyperparameters_come_from_optim_args_flags_and_defaults():
+    optim_args = '{"lr": 1e-3, "num_grads": 4}'
+    optimizer = optimizers.make_optimizer(
+        args_of("MFAC", optim_args, "--weight_decay", "0.1"), 10
+    )
+    assert optimizer.hyperparams == {
+        "lr": 1e-3,
+        "num_grads": 4,
+        "damp": 1e-6,
+        "momentum": 0.0,
+        "weight_decay": 0.1,
+    }
+    # "lr" overrides --learning_rate, and the decay scales whichever holds.
+    assert optimizer.schedule(0) == pytest.approx(1e-3)
+    assert optimizer.schedule(5) == pytest.approx(5e-4)
+    optimizer = optimizers.make_optimizer(args_of("adamw"), 10)
+    assert optimizer.schedule(5) == pytest.approx(2.5e-5)
+    assert optimizer.hyperparams == {
+        "lr": 5e-5,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+    }
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 1.0])
+def test_schedule_is_that_of_hugging_face(ratio):
+    """`get_linear_schedule_with_warmup`: ceil(steps × ratio) steps of warm-up."""
+    num_steps, num_warmup = 30, int(np.ceil(30 * ratio))
+    schedule = optimizers.linear_schedule(2.0, num_steps, ratio)
+    for step in range(num_steps):
+        if step < num_warmup:
+            expected = 2.0 * step / num_warmup
+        else:
+            expected = 2.0 * (num_steps - step) / (num_steps - num_warmup)
+        assert schedule(step) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("optim", ["MFAC", "adamw"])
+def test_gradients_are_clipped_before_the_optimizer(optim):
+    gradients = jax.tree.map(lambda x: jnp.full_like(x, 0.01), PARAMS)
+    large = jax.tree.map(lambda x: 1e4 * x, gradients)
+    unit = jax.tree.map(lambda x: x / optax.tree.norm(gradients), gradients)
+
+    def first_update(gradients, *flags):
+        optimizer = optimizers.make_optimizer(
+            args_of(optim, None if optim == "adamw" else '{"num_grads": 2}', *flags), 10
+        ).transformation
+        return optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)[0]
+
+    def assert_close(a, b):
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4)
+
+    assert_close(first_update(large), first_update(unit))
+    assert_close(
+        first_update(large, "--max_grad_norm", "0.5"),
+        first_update(jax.tree.map(lambda x: x / 2, unit)),
+    )
+    small = jax.tree.map(lambda x: x / 100, unit)
+    assert_close(first_update(small), first_update(small, "--max_grad_norm", "0"))
+
+
+@pytest.mark.parametrize("optim", ["MFAC", "adamw"])
+def test_decay_spares_biases_and_norms(optim):
+    mask = optimizers.decay_mask(PARAMS)
+    assert mask == {
+        "dense": {"kernel": True, "bias": False},
+        "LayerNorm": {"scale": False, "bias": False},
+    }
+    optim_args = '{"lr": 0.1, "weight_decay": 0.5}'
+    optimizer = optimizers.make_optimizer(args_of(optim, optim_args), 10).transformation
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    assert np.all(updates["dense"]["kernel"] < 0)
+    assert not any(
+        np.any(updates[k][n])
+        for k, n in [("dense", "bias"), ("LayerNorm", "scale"), ("LayerNorm", "bias")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "message"),
+    [
+        ("sgd", None, "--optim must be one of MFAC, adamw, got 'sgd'"),
+        ("MFAC", '{"lr": 1e-4', "--optim_args is not valid JSON"),
+        ("MFAC", "lr=1e-4", "--optim_args is not valid JSON"),
+        ("MFAC", "[1]", "must be a JSON object"),
+        ("MFAC", '{"ngrads": 8}', "unknown key 'ngrads'; MFAC knows lr, num_grads"),
+        ("adamw", '{"damp": 1e-6}', "unknown key 'damp'; adamw knows lr, b1"),
+        ("MFAC", '{"damp": "small"}', "damp in --optim_args must be a number"),
+        ("MFAC", '{"lr": true}', "lr in --optim_args must be a number, got True"),
+        ("MFAC", '{"lr": -1}', "learning rate .* got -1"),
+        ("MFAC", '{"lr": NaN}', "learning rate .* got nan"),
+        ("MFAC", '{"num_grads": 0}', "num_grads must be at least 1, got 0"),
+        ("MFAC", '{"num_grads": 8.0}', "num_grads must be an integer, got 8.0"),
+        ("MFAC", '{"damp": -1}', "damp must be positive .*got -1"),
+        ("MFAC", '{"damp": 0}', "damp must be positive .*got 0"),
+        ("MFAC", '{"momentum": 1}', r"momentum must be in \[0, 1\), got 1"),
+        ("MFAC", '{"weight_decay": -1}', "weight_decay .* got -1"),
+        ("adamw", '{"b1": 1.0}', r"b1 must be in \[0, 1\), got 1.0"),
+        ("adamw", '{"eps": -1e-8}', "eps must be at least 0, got -1e-08"),
+        ("adamw", '{"weight_decay": -1}', "weight_decay .* got -1"),
+    ],
+)
+def test_a_bad_hyperparameter_is_named(optim, optim_args, message):
+    with pytest.raises(UserError, match=message):
+        optimizers.make_optimizer(args_of(optim, optim_args), 10)
+
+
+def test_adamw_without_first_moment_is_rmsprop():
+    optimizer = optimizers.make_optimizer(
+        args_of("adamw", '{"lr": 1.0, "b1": 0, "b2": 0, "eps": 0}'), 10
+    ).transformation
+    gradients = jax.tree.map(lambda x: -0.1 * x, PARAMS)
+    updates, _ = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
+    for update in jax.tree.leaves(updates):
+        np.testing.assert_allclose(update, 1.0, rtol=1e-6)
+
+
+def test_a_window_that_does_not_fit_is_refused_with_figures(monkeypatch):
+    monkeypatch.setattr(optimizers, "available_memory", lambda: 10**9)
+    params = {"dense": {"kernel": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}}
+
+    def check(num_grads):
+        optim_args = json.dumps({"num_grads": num_grads})
+        optimizer = optimizers.make_optimizer(args_of("MFAC", optim_args), 10)
+        optimizers.check_memory(optimizer, params)
+
+    check(200)
+    with pytest.raises(
+        UserError,
+        match=r"state of MFAC takes 4\.1 GB .* but 1\.0 GB of memory are available.*"
+        r"num_grads = 1024 .* lower num_grads in --optim_args",
+    ) as caught:
+        check(1024)
+    fitting = int(str(caught.value).split(" would fit")[0].split()[-1])
+    check(fitting)
+    with pytest.raises(UserError):
+        check(fitting + 5)
+
+
+def test_available_memory_is_a_plausible_number():
+    assert 1e7 < optimizers.available_memory() < 1e14
