@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/demo/run_demo.py
+	$(BIN)/python examples/run_demo.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto

@@ -48,7 +48,7 @@ def tensors(model_class=modeling.BertForSequenceClassification, seed=0):
 
 
 def write_model(directory, weights=None, *, as_torch=False, **config):
-    """Writes the three files of an old checkpoint: no model_type, no tokenizer config."""
+    """Writes the three files of an old checkpoint; its config has no model_type."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     directory.joinpath("config.json").write_text(json.dumps(CONFIG | config))

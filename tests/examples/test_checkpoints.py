@@ -232,7 +232,7 @@ def test_an_unwritable_directory_is_one_clear_error(tmp_path):
     model = checkpoints.load_pretrained(tmp_path, CLASSIFIER)
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
-    with pytest.raises(UserError, match="cannot be written to .*file"):
+    with pytest.raises(UserError, match=r"cannot be written to .*file"):
         checkpoints.save_pretrained(
             in_the_way, model.params, model.config, model.tokenizer, CLASSIFIER
         )

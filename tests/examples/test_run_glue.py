@@ -187,7 +187,7 @@ def test_a_directory_in_use_is_kept(root, tmp_path):
     kept = tmp_path / "results.txt"
     kept.write_text("precious")
     argv = command(root, tmp_path, "sst2", *ADAMW, "--do_train", "--max_steps", "1")
-    with pytest.raises(UserError, match="not empty: .*--overwrite_output_dir"):
+    with pytest.raises(UserError, match=r"not empty: .*--overwrite_output_dir"):
         run_glue.main(argv)
     assert [p.name for p in tmp_path.iterdir()] == ["results.txt"]
     run_glue.main([*argv, "--overwrite_output_dir"])
@@ -197,7 +197,7 @@ def test_a_directory_in_use_is_kept(root, tmp_path):
 
 def test_an_unwritable_directory_is_named(root, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--output_dir .*file/out cannot be written"):
+    with pytest.raises(UserError, match=r"--output_dir .*file/out cannot be written"):
         run_glue.main(command(root, tmp_path / "file" / "out", "sst2", "--do_train"))
 
 

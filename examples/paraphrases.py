@@ -1,0 +1,106 @@
+"""A paraphrase set that needs no download: pairs of questions, same meaning or not.
+
+A question is a meaning (who does what to whom, or does not) said in one of many ways:
+with one of three synonyms, with the opposite verb and the other polarity, and as the
+second of a pair also passively. That second question says the same meaning again
+(label 1), or one with a single thing changed (label 0): a person replaced, the two
+persons swapped, the polarity turned, the verb replaced by one of another meaning. So
+neither the words that a pair shares nor those that it does not share tell the label:
+what counts is who stands where, which words mean the same, and whether two turns
+cancel.
+"""
+
+import random
+from typing import NamedTuple
+
+PERSONS = "alice bruno carla david elena felix greta henry".split()
+# Synonyms in each row; rows 0 and 1 are opposites of one another.
+VERBS = (
+    ("like", "love", "adore"),
+    ("dislike", "hate", "despise"),
+    ("invite", "welcome", "receive"),
+    ("imitate", "emulate", "impersonate"),
+)
+_OPPOSITE = {0: 1, 1: 0}
+_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Chances of the changes that make a pair of label 0.
+_CHANGES = {"person": 0.3, "swap": 0.3, "polarity": 0.2, "verb": 0.2}
+
+
+class Pair(NamedTuple):
+    """Two questions, and 1 if they ask the same thing."""
+
+    question1: str
+    question2: str
+    label: int
+
+
+class _Meaning(NamedTuple):
+    subject: str
+    verb: int  # Row of VERBS.
+    object: str
+    positive: bool
+
+
+def vocabulary() -> list[str]:
+    """Returns the WordPiece vocabulary; a participle is a verb and the piece `##d`."""
+    verbs = [verb for row in VERBS for verb in row]
+    return [*_SPECIAL_TOKENS, *PERSONS, *verbs, "##d", "does", "is", "not", "by", "?"]
+
+
+def generate(num_pairs: int, seed: int) -> list[Pair]:
+    """Generates different pairs, half of them paraphrases.
+
+    Args:
+      num_pairs: how many; no two have the same questions, in either order.
+      seed: fixes the pairs, whatever the version of Python.
+    """
+    rng = random.Random(seed)
+    pairs: list[Pair] = []
+    seen = set()
+    while len(pairs) < num_pairs:
+        label = len(pairs) % 2
+        meaning = _random_meaning(rng)
+        other = meaning if label else _changed(meaning, rng)
+        pair = Pair(
+            _say(meaning, rng, passive=False),
+            _say(other, rng, passive=rng.random() < 0.5),
+            label,
+        )
+        questions = frozenset(pair[:2])
+        if len(questions) == 2 and questions not in seen:
+            seen.add(questions)
+            pairs.append(pair)
+    rng.shuffle(pairs)
+    return pairs
+
+
+def _random_meaning(rng: random.Random) -> _Meaning:
+    subject, object_ = rng.sample(PERSONS, 2)
+    return _Meaning(subject, rng.randrange(len(VERBS)), object_, rng.random() < 0.5)
+
+
+def _changed(meaning: _Meaning, rng: random.Random) -> _Meaning:
+    (change,) = rng.choices(list(_CHANGES), list(_CHANGES.values()))
+    subject, verb, object_, positive = meaning
+    if change == "person":
+        other = rng.choice([p for p in PERSONS if p not in (subject, object_)])
+        return meaning._replace(**{rng.choice(["subject", "object"]): other})
+    if change == "swap":
+        return meaning._replace(subject=object_, object=subject)
+    if change == "polarity":
+        return meaning._replace(positive=not positive)
+    # Not the opposite verb: with the other polarity it would mean the same.
+    others = set(range(len(VERBS))) - {verb, _OPPOSITE.get(verb)}
+    return meaning._replace(verb=rng.choice(sorted(others)))
+
+
+def _say(meaning: _Meaning, rng: random.Random, *, passive: bool) -> str:
+    subject, verb, object_, positive = meaning
+    if verb in _OPPOSITE and rng.random() < 0.3:
+        verb, positive = _OPPOSITE[verb], not positive
+    word = rng.choice(VERBS[verb])
+    negation = "" if positive else "not "
+    if passive:
+        return f"is {object_} {negation}{word}d by {subject} ?"
+    return f"does {subject} {negation}{word} {object_} ?"
