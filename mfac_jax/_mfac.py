@@ -109,8 +109,8 @@ def scale_by_mfac(
       >>> state = opt.init(params)
       >>> grads = {'w': jnp.array([3.0, 4.0])}
       >>> updates, state = jax.jit(opt.update, donate_argnums=1)(grads, state)
-      >>> print(updates['w'].round(3))
-      [0.96 1.28]
+      >>> print('{:.4f} {:.4f}'.format(*updates['w']))
+      0.9600 1.2800
       >>> print(f'{state.damp:.0e}', state.num_raised)
       1e-06 0
 
@@ -334,8 +334,8 @@ def inverse_fisher_vector_product(
       >>> state = opt.init(jnp.zeros(2))
       >>> _, state = opt.update(jnp.array([2.0, 0.0]), state)
       >>> x = mfac_jax.inverse_fisher_vector_product(state, jnp.ones(2), 1.0)
-      >>> print(x.round(3))
-      [0.333 1.   ]
+      >>> print('{:.4f} {:.4f}'.format(*x))
+      0.3333 1.0000
 
     References:
       Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
