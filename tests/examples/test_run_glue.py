@@ -109,8 +109,7 @@ def test_sample_limits_and_step_limits(root, tmp_path):
     assert train_results["epoch"] == 1.5  # 3 steps of 2 an epoch.
 
 
-def test_zero_steps_are_needed_to_change_nothing(root, tmp_path):
-    """With a learning rate of 0 the encoder comes out as it went in."""
+def test_a_learning_rate_of_zero_changes_nothing(root, tmp_path):
     flags = [*ADAMW[:2], "--learning_rate", "0", "--do_train", "--max_steps", "2"]
     run_glue.main(command(root, tmp_path, "sst2", *flags))
     for name, array in load_file(tmp_path / "model.safetensors").items():
