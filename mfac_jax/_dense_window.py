@@ -1,21 +1,23 @@
 """Dense storage of the last ``m`` gradients of one parameter leaf.
 
 The window of a leaf is an array of shape ``(m, *leaf.shape)``: its rows are the
-rows of the paper's gradient matrix ``G``, restricted to the leaf. Everything the
-optimizer asks of it is here: an empty window, a row replaced, ``G x`` and ``cᵀ G``.
+rows of the paper's gradient matrix ``G``, restricted to the leaf.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mfac_jax import _passes, _storage
+
 # Rows of at least this many numbers are summed in pieces on the CPU: there XLA's
 # matrix-vector product sums a row in sequence, and float32 loses digits with its
-# length (relative error 4e-7 at this size, 2e-4 at four million).
-_LONG_ROW = 2**16
+# length (relative error 3e-6 for 32,768 numbers of one sign, 2e-4 for four million).
+_LONG_ROW = 2**12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,71 +45,67 @@ class DenseWindow:
     dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
-        allowed = ("float64", "float32", "bfloat16", "float16")
-        if self.dtype is None:
-            return
-        try:
-            name = jnp.dtype(self.dtype).name
-        except TypeError:
-            name = repr(self.dtype)
-        if name not in allowed:
-            raise ValueError(
-                f"DenseWindow dtype must be one of {', '.join(allowed)} or None, "
-                f"got {name}."
-            )
+        _storage.check_dtype("DenseWindow", self.dtype)
 
     def init(self, leaf: jax.Array | jax.ShapeDtypeStruct, num_grads: int) -> jax.Array:
         """Returns a window of ``num_grads`` zero gradients, sharded like the leaf."""
-        dtype = self.dtype
-        if dtype is None:
-            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        zeros = jnp.zeros_like(leaf, dtype=dtype)
+        zeros = jnp.zeros_like(leaf, dtype=_storage.float_dtype(self.dtype, leaf))
         return jnp.broadcast_to(zeros, (num_grads, *leaf.shape))
 
 
-def write_row(
-    window: jax.Array, index: jax.Array, row: jax.Array, accepted: jax.Array
-) -> jax.Array:
-    """Writes ``row`` at ``index`` where ``accepted``; else the window stays as it is.
+class DenseGradients(NamedTuple):
+    """The window of a leaf, or one row of it; the optimizer's state holds the array.
 
-    Selecting the row, not the window, lets XLA write in place, also under ``vmap``.
+    Attributes:
+      values: the gradients, shape ``(m, *leaf.shape)``.
     """
-    stored = lax.dynamic_index_in_dim(window, index, keepdims=False)
-    return lax.dynamic_update_index_in_dim(
-        window, jnp.where(accepted, row, stored), index, 0
-    )
 
+    values: jax.Array
 
-def row_products(
-    window: jax.Array, vector: jax.Array, dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """Returns ``G x``, the inner product of every row with ``vector``, shape ``(m,)``.
+    @property
+    def leaf_shape(self) -> str:
+        return str(self.values.shape[1:])
 
-    One pass over the window; sums are accurate to a few units of ``dtype``'s last
-    place whatever the length of the rows.
-    """
-    window, vector = window.astype(dtype), vector.astype(dtype)
-    if any(axis is not None for axis in jax.typeof(vector).sharding.spec):
-        # Under explicit sharding a sharded axis can be neither contracted by a
-        # product nor reshaped, but it can be summed.
-        return _sum_of_products(window, vector)
-    if vector.size < _LONG_ROW:
-        return _matrix_vector(window, vector)
-    return lax.platform_dependent(
-        window, vector, cpu=_matrix_vector_in_pieces, default=_matrix_vector
-    )
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return self.values.shape[1:] == shape
 
+    def encode(self, gradient: jax.Array, dtype) -> _storage.Encoded["DenseGradients"]:
+        row = gradient.astype(self.values.dtype)
+        return _storage.Encoded(DenseGradients(row), row.astype(dtype))
 
-def combine_rows(
-    coefficients: jax.Array, window: jax.Array, dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """Returns ``cᵀ G``, the combination of the rows, in the shape of the leaf."""
-    return jnp.tensordot(
-        coefficients.astype(dtype),
-        window.astype(dtype),
-        axes=1,
-        precision=lax.Precision.HIGHEST,
-    )
+    def products(self, vector: jax.Array, dtype) -> jax.Array:
+        window, vector = self.values, vector.astype(dtype)
+        # Under explicit sharding a sharded axis can be neither contracted by a product
+        # nor reshaped, but it can be summed.
+        sharded = any(axis is not None for axis in jax.typeof(vector).sharding.spec)
+        if window.dtype != dtype:
+            inner_products = _sum_of_products if sharded else _passes.inner_products
+            return _passes.map_gradients(
+                lambda rows: inner_products(rows.astype(dtype), vector[None]), window
+            )
+        if sharded:
+            return _sum_of_products(window, vector[None])
+        if vector.size < _LONG_ROW:
+            return _matrix_vector(window, vector)
+        return lax.platform_dependent(
+            window, vector, cpu=_matrix_vector_in_pieces, default=_matrix_vector
+        )
+
+    def combine(self, coefficients: jax.Array, start: jax.Array) -> jax.Array:
+        if self.values.dtype == start.dtype:
+            return start + jnp.tensordot(
+                coefficients, self.values, axes=1, precision=lax.Precision.HIGHEST
+            )
+
+        def add(total, batch):
+            coefficients, rows = batch
+            weights = jnp.expand_dims(coefficients, range(1, rows.ndim))
+            return total + jnp.sum(weights * rows.astype(total.dtype), axis=0)
+
+        return _passes.fold_gradients(add, start, (coefficients, self.values))
+
+    def write(self, index: jax.Array, row: "DenseGradients", accepted: jax.Array):
+        return _storage.write_row(self, index, row, accepted)
 
 
 def _matrix_vector(window: jax.Array, vector: jax.Array) -> jax.Array:
@@ -116,8 +114,8 @@ def _matrix_vector(window: jax.Array, vector: jax.Array) -> jax.Array:
     )
 
 
-def _sum_of_products(window: jax.Array, vector: jax.Array) -> jax.Array:
-    return jnp.sum(window * vector[None], axis=tuple(range(1, window.ndim)))
+def _sum_of_products(window: jax.Array, vectors: jax.Array) -> jax.Array:
+    return jnp.sum(window * vectors, axis=tuple(range(1, window.ndim)))
 
 
 def _matrix_vector_in_pieces(window: jax.Array, vector: jax.Array) -> jax.Array:
@@ -131,7 +129,7 @@ def _matrix_vector_in_pieces(window: jax.Array, vector: jax.Array) -> jax.Array:
     """
     num_rows, pieces = window.shape[0], math.gcd(vector.size, 4)
     if pieces == 1:
-        return _sum_of_products(window, vector)
+        return _sum_of_products(window, vector[None])
     products = jnp.matmul(
         window.reshape(num_rows * pieces, -1),
         vector.reshape(pieces, -1).T,

@@ -17,10 +17,10 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from mfac_jax import _dense_window, _solve
-
-Window = _dense_window.DenseWindow
-WindowFn = Callable[[str, Any], Window]
+from mfac_jax import _solve, _storage, _windows
+from mfac_jax._dense_window import DenseWindow
+from mfac_jax._row_sparse_window import RowSparseWindow
+from mfac_jax._windows import StoredGradients, Window, WindowFn
 
 
 class ScaleByMFACState(NamedTuple):
@@ -29,20 +29,24 @@ class ScaleByMFACState(NamedTuple):
     Attributes:
       count: updates so far, refused ones included; schedules of ``damp`` see it.
       gram: the Gram matrix ``K = G Gᵀ`` of the stored gradients, shape ``(m, m)``.
-      window: the last ``m`` gradients, the rows of ``G``: per parameter leaf an array
-        of shape ``(m, *leaf.shape)``, in the tree of the parameters.
+      window: the last ``m`` gradients, the rows of ``G``, in the tree of the
+        parameters: of a leaf stored densely an array of shape ``(m, *leaf.shape)``, of
+        another the tuple of arrays of its window kind.
       damp: the damping ``λ`` that the last solve used, in ``gram``'s dtype. It is the
         one that was asked for unless that dtype could not resolve it.
       num_raised: steps at which the damping had to be raised.
       num_refused: gradients that were not finite and did not enter the window.
+      num_dropped: rows that a :class:`~mfac_jax.RowSparseWindow` has left out, over all
+        gradients and leaves, up to the largest int32.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32
     gram: jax.Array  # shape=(num_grads, num_grads), dtype=float32 or float64
-    window: Any  # leaves of shape (num_grads, *leaf.shape)
+    window: Any  # num_grads gradients of every leaf
     damp: jax.Array  # shape=(), dtype=gram.dtype
     num_raised: jax.Array  # shape=(), dtype=jnp.int32
     num_refused: jax.Array  # shape=(), dtype=jnp.int32
+    num_dropped: jax.Array  # shape=(), dtype=jnp.int32
 
 
 def scale_by_mfac(
@@ -64,7 +68,7 @@ def scale_by_mfac(
     :math:`m g / \lVert g \rVert^2`. A step costs two reads of the window and the
     factorisation of an :math:`m \times m` matrix.
 
-    Gram matrix and solve are in float32, or in float64 once a leaf's window is float64.
+    Gram matrix and solve are in float32, or in float64 once anything in a window is.
     Where that precision cannot resolve the damping (identical or nearly parallel
     gradients with :math:`m \lambda` below the rounding of :math:`\lVert g \rVert^2`),
     the solve raises it by factors of four until it can; the state holds the damping
@@ -73,8 +77,12 @@ def scale_by_mfac(
     A gradient that is not finite, or too large for its squared norm to be, is refused:
     the update is zero, window and Gram matrix stay as they were, schedules tick on.
 
+    What is preconditioned is the gradient as its window stores it: rounded, quantised
+    or sparse. The rest would lie outside the span of the window and come back
+    multiplied by :math:`1 / \lambda`.
+
     .. warning::
-        The window takes ``num_grads`` times the bytes of the parameters. Jit the
+        A dense window takes ``num_grads`` times the bytes of the parameters. Jit the
         training step with the optimizer state donated (``donate_argnums``): then it is
         updated in place, else it is copied at every step. For gradient accumulation
         average the gradients before ``update``: :class:`optax.MultiSteps` would
@@ -85,9 +93,13 @@ def scale_by_mfac(
       damp: the damping ``λ > 0``, in units of the squared gradient norm: a float, a
         traced scalar, or a schedule of the update count.
       window: how the gradients of a leaf are stored, static: a
-        :class:`~mfac_jax.DenseWindow`, or a function ``(path, leaf) -> spec`` of the
-        leaf's path, such as ``'encoder/dense/kernel'``, and the parameter or its
-        :class:`jax.ShapeDtypeStruct`. ``None`` is ``DenseWindow()``.
+        :class:`~mfac_jax.DenseWindow`, :class:`~mfac_jax.RowSparseWindow`,
+        :class:`~mfac_jax.Int8Window` or :class:`~mfac_jax.TopKWindow`, or a function
+        ``(path, leaf) -> window`` of the leaf's path, such as
+        ``'encoder/dense/kernel'``, and the parameter or its
+        :class:`jax.ShapeDtypeStruct`, such as :func:`~mfac_jax.compact_windows` makes
+        one. ``None`` is ``DenseWindow()``, the one kind for parameters that are sharded
+        over explicit mesh axes.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`. Updates have the dtypes of the
@@ -97,8 +109,11 @@ def scale_by_mfac(
       TypeError: for a ``num_grads``, ``damp`` or ``window`` of the wrong type; from
         ``init``, for leaves that are not real floating-point arrays; also from
         ``update``, for gradients whose tree is not that of the parameters.
-      ValueError: for ``num_grads < 1`` or ``damp <= 0``; from ``update``, for gradients
-        whose shapes are not those of the parameters.
+      ValueError: for ``num_grads < 1`` or ``damp <= 0``; from ``init``, for a compact
+        window of a leaf that is sharded over explicit mesh axes; from ``update``, for
+        gradients whose shapes are not those of the parameters, as far as the windows
+        tell: a dense one has the shape, the others the number of blocks or the size of
+        a row.
 
     Examples:
       The first step is ``m g / (m λ + gᵀ g)``:
@@ -125,14 +140,21 @@ def scale_by_mfac(
         "must be positive and finite: at 0 the Fisher is singular",
         lambda x: 0 < x < math.inf,
     )
-    _check_window(window)
+    _windows.check_window(window)
 
     def init_fn(params):
         windows = jax.tree_util.tree_map_with_path(
             lambda path, leaf: _init_window(window, _path_name(path), leaf, num_grads),
             params,
         )
-        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(windows))
+        dtype = jnp.result_type(
+            jnp.float32,
+            *(
+                leaf.dtype
+                for leaf in jax.tree.leaves(windows)
+                if jnp.issubdtype(leaf.dtype, jnp.floating)
+            ),
+        )
         return ScaleByMFACState(
             count=jnp.zeros((), jnp.int32),
             gram=jnp.zeros((num_grads, num_grads), dtype),
@@ -140,6 +162,7 @@ def scale_by_mfac(
             damp=_value_at(damp, jnp.zeros((), jnp.int32), dtype),
             num_raised=jnp.zeros((), jnp.int32),
             num_refused=jnp.zeros((), jnp.int32),
+            num_dropped=jnp.zeros((), jnp.int32),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -151,23 +174,24 @@ def scale_by_mfac(
         # 1. The newest row of G is the gradient as the window stores it. It is written
         #    last, from a value that depends on both passes: written first, XLA would
         #    copy the window.
-        rows = [g.astype(w.dtype) for g, w in zip(grads, windows, strict=True)]
+        encoded = [w.encode(g, dtype) for w, g in zip(windows, grads, strict=True)]
         squared_norm = sum(
-            (jnp.sum(jnp.square(row.astype(dtype))) for row in rows),
+            (jnp.sum(jnp.square(e.vector)) for e in encoded),
             start=jnp.zeros((), dtype),
         )
         finite = jnp.isfinite(squared_norm)
-        rows = [jnp.where(finite, row, 0) for row in rows]
+        for g in grads:
+            finite &= jnp.all(jnp.isfinite(g))
         # 2. The new row and column of K: the first pass over the window. By
         #    Cauchy-Schwarz products of rows with finite squared norms are finite.
         products = sum(
             (
-                _dense_window.row_products(w, row, dtype)
-                for w, row in zip(windows, rows, strict=True)
+                w.products(e.vector, dtype)
+                for w, e in zip(windows, encoded, strict=True)
             ),
             start=jnp.zeros(num_grads, dtype),
         )
-        products = products.at[index].set(jnp.where(finite, squared_norm, 0))
+        products = jnp.where(finite, products.at[index].set(squared_norm), 0)
         gram = _with_row(state.gram, index, products)
         # 3. Solve (m λ I + K) c = e_i.
         solution = _solve.solve_for_row(
@@ -177,8 +201,8 @@ def scale_by_mfac(
         newest = num_grads * solution.coefficients[index]
         others = (num_grads * solution.coefficients).at[index].set(0)
         directions = [
-            _dense_window.combine_rows(others, w, dtype) + newest * row.astype(dtype)
-            for w, row in zip(windows, rows, strict=True)
+            w.combine(others, newest * e.vector)
+            for w, e in zip(windows, encoded, strict=True)
         ]
         # 5. Only what is finite is returned and remembered.
         accepted = finite
@@ -189,18 +213,24 @@ def scale_by_mfac(
             for direction, g in zip(directions, grads, strict=True)
         ]
         windows = [
-            _dense_window.write_row(w, index, row, accepted)
-            for w, row in zip(windows, rows, strict=True)
+            w.write(index, e.row, accepted)
+            for w, e in zip(windows, encoded, strict=True)
         ]
+        num_dropped = sum(
+            (e.num_dropped for e in encoded), start=jnp.zeros((), jnp.int32)
+        )
         return treedef.unflatten(directions), ScaleByMFACState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             gram=_with_row(
                 state.gram, index, jnp.where(accepted, products, state.gram[index])
             ),
-            window=treedef.unflatten(windows),
+            window=_windows.unflatten(treedef, windows),
             damp=jnp.where(accepted, solution.damp, state.damp),
             num_raised=state.num_raised + (accepted & solution.raised),
             num_refused=state.num_refused + ~accepted,
+            num_dropped=_saturating_add(
+                state.num_dropped, jnp.where(accepted, num_dropped, 0)
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -235,6 +265,11 @@ def mfac(
             optax.scale_by_learning_rate(learning_rate),
         )
 
+    Coupled decay makes every gradient dense, so it cannot be combined with a
+    row-sparse window of a leaf that decays. For a Python number ``init`` refuses that;
+    of a schedule or a traced value, such as ``optax.inject_hyperparams`` makes of a
+    number, it cannot know: rows are dropped, which ``num_dropped`` of the state shows.
+
     ``learning_rate``, ``damp``, ``momentum`` and ``weight_decay`` may be injected:
     ``optax.inject_hyperparams(mfac_jax.mfac, static_args=('num_grads', 'mask',
     'window'))``.
@@ -258,7 +293,8 @@ def mfac(
     Raises:
       TypeError: as :func:`scale_by_mfac`.
       ValueError: as :func:`scale_by_mfac`, and for ``momentum`` outside ``[0, 1)`` or a
-        negative ``weight_decay``.
+        negative ``weight_decay``; from ``init``, for a ``weight_decay`` above 0 on a
+        leaf whose window is row-sparse.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax, optax
@@ -292,12 +328,19 @@ def mfac(
     decay = (
         optax.identity() if no_decay else optax.add_decayed_weights(weight_decay, mask)
     )
-    return optax.chain(
+    chain = optax.chain(
         _keep_dtypes(decay),
         scale_by_mfac(num_grads, damp, window=window),
         _average_steps(momentum),
         _keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )
+
+    def init_fn(params):
+        if isinstance(weight_decay, int | float) and weight_decay > 0:
+            _check_row_sparse_leaves_do_not_decay(params, weight_decay, mask, window)
+        return chain.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, chain.update)
 
 
 def inverse_fisher_vector_product(
@@ -351,20 +394,53 @@ def inverse_fisher_vector_product(
     leaves, windows, treedef = _match(vector, state.window)
     damp = jnp.asarray(damp, dtype)
     products = sum(
-        (
-            _dense_window.row_products(w, x, dtype)
-            for w, x in zip(windows, leaves, strict=True)
-        ),
+        (w.products(x, dtype) for w, x in zip(windows, leaves, strict=True)),
         start=jnp.zeros(state.gram.shape[0], dtype),
     )
     coefficients = _solve.damped_solve(state.gram, damp, products)
     return treedef.unflatten(
         [
-            ((x - _dense_window.combine_rows(coefficients, w, dtype)) / damp).astype(
-                x.dtype
-            )
+            (w.combine(-coefficients, x.astype(dtype)) / damp).astype(x.dtype)
             for w, x in zip(windows, leaves, strict=True)
         ]
+    )
+
+
+def window_nbytes(state_or_shapes: Any) -> int:
+    """Returns the bytes that the windows of an optimizer state take.
+
+    Counts the stored gradients with their indices, scales and error buffers; not the
+    Gram matrix, which takes ``num_grads²`` numbers.
+
+    Args:
+      state_or_shapes: a state that contains that of :func:`scale_by_mfac`, however
+        deep, or its shapes: ``jax.eval_shape(opt.init, params)`` allocates nothing.
+
+    Returns:
+      Bytes, a Python integer.
+
+    Raises:
+      ValueError: if there is no state of :func:`scale_by_mfac`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, mfac_jax
+      >>> params = {'w': jnp.zeros((1000, 100))}
+      >>> for window in mfac_jax.DenseWindow(), mfac_jax.Int8Window():
+      ...   opt = mfac_jax.mfac(1e-4, num_grads=32, window=window)
+      ...   print(f'{mfac_jax.window_nbytes(jax.eval_shape(opt.init, params)):,}')
+      12,800,000
+      3,303,168
+    """
+    leaves = jax.tree.leaves(
+        state_or_shapes, is_leaf=lambda x: isinstance(x, ScaleByMFACState)
+    )
+    states = [leaf for leaf in leaves if isinstance(leaf, ScaleByMFACState)]
+    if not states:
+        raise ValueError("there is no state of mfac_jax.scale_by_mfac in this tree.")
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for state in states
+        for leaf in jax.tree.leaves(state.window)
     )
 
 
@@ -428,6 +504,10 @@ def _saturating_cast(x: jax.Array, dtype) -> jax.Array:
     return x.astype(dtype)
 
 
+def _saturating_add(total: jax.Array, number: jax.Array) -> jax.Array:
+    return total + jnp.minimum(number, jnp.iinfo(total.dtype).max - total)
+
+
 def _path_name(path: tuple[Any, ...]) -> str:
     """Joins the keys of a path; the trailing ``value`` of an NNX state is dropped."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -436,41 +516,63 @@ def _path_name(path: tuple[Any, ...]) -> str:
 
 def _init_window(
     window: Window | WindowFn | None, path: str, leaf: Any, num_grads: int
-) -> jax.Array:
+) -> Any:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
             "M-FAC needs real floating-point parameters, but "
             f"{path or 'the parameter'} has dtype {leaf.dtype}. Leave it out with "
             "optax.masked or optax.partition."
         )
-    spec = window(path, leaf) if callable(window) else window
-    if spec is None:
-        spec = Window()
-    if not isinstance(spec, Window):
-        raise TypeError(
-            "the window function must return a window such as mfac_jax.DenseWindow(), "
-            f"got {spec!r} for {path!r}."
+    spec = _windows.spec_of(window, path, leaf)
+    is_sharded = any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
+    if is_sharded and not isinstance(spec, DenseWindow):
+        raise ValueError(
+            f"{path or 'the parameter'} is sharded over explicit mesh axes, which only "
+            f"mfac_jax.DenseWindow stores, got {spec}."
         )
     return spec.init(leaf, num_grads)
 
 
-def _match(tree: Any, windows: Any) -> tuple[list[Any], list[jax.Array], Any]:
+def _check_row_sparse_leaves_do_not_decay(
+    params: optax.Params, weight_decay: float, mask: Any, window: Any
+) -> None:
+    """Decay fills the rows of a gradient that a row-sparse window has no room for."""
+    decays = True if mask is None else mask(params) if callable(mask) else mask
+
+    def check(path, leaf, decays):
+        name = _path_name(path)
+        spec = _windows.spec_of(window, name, leaf)
+        if decays and isinstance(spec, RowSparseWindow) and spec.drops_rows_of(leaf):
+            raise ValueError(
+                f"weight_decay {weight_decay} makes the gradients of "
+                f"{name or 'the parameter'} dense, but its window stores "
+                f"{spec.max_rows} of {leaf.shape[0]} rows. Use decoupled decay, "
+                "optax.chain(mfac_jax.scale_by_mfac(...), "
+                "optax.add_decayed_weights(...), "
+                "optax.scale_by_learning_rate(...)), or spare the leaf with mask, or "
+                "store it with mfac_jax.DenseWindow()."
+            )
+
+    jax.tree_util.tree_map_with_path(check, params, jax.tree.broadcast(decays, params))
+
+
+def _match(tree: Any, windows: Any) -> tuple[list[Any], list[StoredGradients], Any]:
     """Flattens a gradient-like tree beside the windows; checks structure and shapes."""
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    window_leaves, window_treedef = jax.tree.flatten(windows)
+    rows, window_treedef = _windows.flatten(windows)
     if treedef != window_treedef:
         raise TypeError(
             "the gradients must have the tree of the parameters that init was given: "
             f"expected {window_treedef}, got {treedef}."
         )
-    for (path, leaf), w in zip(paths_and_leaves, window_leaves, strict=True):
-        if jnp.shape(leaf) != w.shape[1:]:
+    for (path, leaf), w in zip(paths_and_leaves, rows, strict=True):
+        if not w.fits(jnp.shape(leaf)):
             raise ValueError(
                 f"the gradient of {_path_name(path) or 'the parameter'} must have the "
-                f"shape of the parameter that init was given: expected {w.shape[1:]}, "
+                f"shape of the parameter that init was given: expected {w.leaf_shape}, "
                 f"got {jnp.shape(leaf)}."
             )
-    return [jnp.asarray(leaf) for _, leaf in paths_and_leaves], window_leaves, treedef
+    return [jnp.asarray(leaf) for _, leaf in paths_and_leaves], rows, treedef
 
 
 def _checked_num_grads(num_grads: Any) -> int:
@@ -479,12 +581,8 @@ def _checked_num_grads(num_grads: Any) -> int:
             "num_grads is a shape and cannot be traced; with optax.inject_hyperparams "
             "pass static_args=('num_grads', 'mask', 'window')."
         )
-    if isinstance(num_grads, bool) or not hasattr(num_grads, "__index__"):
-        raise TypeError(f"num_grads must be an integer, got {num_grads!r}.")
-    num_grads = operator.index(num_grads)
-    if num_grads < 1:
-        raise ValueError(f"num_grads must be at least 1, got {num_grads}.")
-    return num_grads
+    _storage.check_integer("num_grads", num_grads, 1)
+    return operator.index(num_grads)
 
 
 def _check_number(
@@ -497,12 +595,3 @@ def _check_number(
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
     if not holds(float(value)):
         raise ValueError(f"{name} {requirement}, got {value}.")
-
-
-def _check_window(window: Any) -> None:
-    is_function = callable(window) and not isinstance(window, type)
-    if not (window is None or is_function or isinstance(window, Window)):
-        raise TypeError(
-            "window must be a window such as mfac_jax.DenseWindow(), a function "
-            f"(path, leaf) -> window, or None, got {window!r}."
-        )

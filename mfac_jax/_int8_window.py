@@ -1,0 +1,118 @@
+"""Block-wise 8-bit storage: symmetric integers with one scale per block."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mfac_jax import _passes, _storage
+
+_LARGEST = 127
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Window:
+    r"""Stores gradients as 8-bit integers with a scale per block of numbers.
+
+    A leaf is flattened and cut into blocks. Of a block :math:`x` with
+    :math:`s = \max |x| / 127` the integers :math:`\mathrm{round}(x / s)`, to even at
+    ties, and :math:`s` are stored; what is preconditioned is the product of the two.
+
+    The window takes about ``num_grads × leaf.size × (1 + 4 / block_size)`` bytes: the
+    scales have the dtype of the leaf, but float32 at least, and the last block is
+    filled up. A leaf smaller than a block is one block of its own size.
+
+    Args:
+      block_size: numbers in a block, static, at least 128.
+
+    Raises:
+      TypeError: if ``block_size`` is not an integer.
+      ValueError: if ``block_size`` is below 128, where the scales weigh too much.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> opt = mfac_jax.scale_by_mfac(4, window=mfac_jax.Int8Window())
+      >>> state = opt.init(jnp.zeros((5, 100)))
+      >>> state.window.values.shape, state.window.scales.shape
+      ((4, 4, 128), (4, 4))
+
+    References:
+      Dettmers et al., `8-bit Optimizers via Block-wise Quantization
+      <https://arxiv.org/abs/2110.02861>`_, 2021
+    """
+
+    block_size: int = 128
+
+    def __post_init__(self):
+        _storage.check_integer("Int8Window block_size", self.block_size, 128)
+
+    def init(self, leaf: Any, num_grads: int) -> "Int8Gradients":
+        """Returns a window of ``num_grads`` zero gradients."""
+        blocks = _storage.block_shape(math.prod(leaf.shape), self.block_size)
+        return Int8Gradients(
+            jnp.zeros((num_grads, *blocks), jnp.int8),
+            jnp.zeros((num_grads, blocks[0]), _storage.float_dtype(None, leaf)),
+        )
+
+
+class Int8Gradients(NamedTuple):
+    """The window of a leaf; a row of it is the same without the leading axis.
+
+    Attributes:
+      values: the integers, int8, shape ``(m, num_blocks, block_size)``.
+      scales: one per block, shape ``(m, num_blocks)``.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+    @property
+    def leaf_shape(self) -> str:
+        num_blocks, block_size = self.values.shape[1:]
+        return f"{num_blocks} block(s) of {block_size} numbers"
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return (
+            _storage.block_shape(math.prod(shape), self.values.shape[2])
+            == (self.values.shape[1:])
+        )
+
+    def encode(self, gradient: jax.Array, dtype) -> _storage.Encoded["Int8Gradients"]:
+        blocks = _storage.to_blocks(
+            gradient.astype(self.scales.dtype), self.values.shape[1:]
+        )
+        scales = jnp.max(jnp.abs(blocks), axis=1) / _LARGEST
+        quotients = blocks / jnp.where(scales > 0, scales, 1)[:, None]
+        # A scale so small that it has lost digits leaves quotients above 127.
+        values = jnp.clip(jnp.round(quotients), -_LARGEST, _LARGEST).astype(jnp.int8)
+        row = Int8Gradients(values, scales)
+        vector = _storage.from_blocks(_dequantized(row, dtype), gradient.shape)
+        return _storage.Encoded(row, vector)
+
+    def products(self, vector: jax.Array, dtype) -> jax.Array:
+        blocks = _storage.to_blocks(vector.astype(dtype), self.values.shape[1:])
+        return _passes.map_gradients(
+            lambda rows: _passes.inner_products(
+                _dequantized(rows, dtype), blocks[None]
+            ),
+            self,
+        )
+
+    def combine(self, coefficients: jax.Array, start: jax.Array) -> jax.Array:
+        def add(total, batch):
+            coefficients, rows = batch
+            weights = coefficients[:, None, None]
+            return total + jnp.sum(weights * _dequantized(rows, total.dtype), axis=0)
+
+        blocks = _storage.to_blocks(start, self.values.shape[1:])
+        total = _passes.fold_gradients(add, blocks, (coefficients, self))
+        return _storage.from_blocks(total, start.shape)
+
+    def write(self, index: jax.Array, row: "Int8Gradients", accepted: jax.Array):
+        return _storage.write_row(self, index, row, accepted)
+
+
+def _dequantized(rows: Int8Gradients, dtype) -> jax.Array:
+    return rows.values.astype(dtype) * rows.scales.astype(dtype)[..., None]
