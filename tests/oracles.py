@@ -10,6 +10,13 @@ def dense_inverse_product(window, vector, damp):
     return np.linalg.solve(fisher, np.asarray(vector, np.float64))
 
 
+def row_direction(window, row, damp):
+    """``F⁻¹ g`` of a row of the window by its Gram matrix, for long rows."""
+    window = np.asarray(window, np.float64)
+    system = len(window) * damp * np.eye(len(window)) + window @ window.T
+    return len(window) * np.linalg.solve(system, np.eye(len(window))[row]) @ window
+
+
 def recursive_inverse_product(window, vector, damp):
     """``F⁻¹ x`` by the paper's dynamic algorithm: its tables D and B, its pivots."""
     window = np.asarray(window, np.float64)

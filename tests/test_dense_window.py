@@ -10,14 +10,16 @@ import mfac_jax
 from mfac_jax import _dense_window
 
 
+def row_products(window, vector):
+    return _dense_window.DenseGradients(window).products(vector, jnp.float32)
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (70_001,), (512, 300), (4, 128, 500)])
 def test_row_products_keep_the_digits_of_float32(shape):
     # Entries of one sign: a sum in sequence loses most digits here.
     window = np.random.default_rng(0).uniform(0.5, 1, (6, *shape)).astype(np.float32)
     vector = window[2]
-    products = jax.jit(_dense_window.row_products, static_argnums=2)(
-        window, vector, jnp.float32
-    )
+    products = jax.jit(row_products)(window, vector)
     flat = window.reshape(6, -1).astype(np.float64)
     np.testing.assert_allclose(products, flat @ flat[2], rtol=1e-6)
 
@@ -26,9 +28,7 @@ def test_row_products_keep_the_digits_of_float32(shape):
 def test_row_products_under_vmap(shape):
     rng = np.random.default_rng(0)
     windows = rng.normal(size=(3, 4, *shape)).astype(np.float32)
-    products = jax.vmap(lambda w: _dense_window.row_products(w, w[1], jnp.float32))(
-        windows
-    )
+    products = jax.vmap(lambda w: row_products(w, w[1]))(windows)
     flat = windows.reshape(3, 4, -1).astype(np.float64)
     expected = np.einsum("rij,rj->ri", flat, flat[:, 1])
     np.testing.assert_allclose(products, expected, rtol=1e-5, atol=1e-5 * flat[0].size)
@@ -88,13 +88,14 @@ def test_refuses_other_dtypes(dtype):
         mfac_jax.DenseWindow(dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_windows_are_sharded_like_the_parameters(axis_type):
+def test_windows_are_sharded_like_the_parameters(axis_type, dtype):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
     spec = PartitionSpec("x", "y")
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(6, 8, 10)).astype(np.float32)
-    opt = mfac_jax.scale_by_mfac(4, 1e-4)
+    opt = mfac_jax.scale_by_mfac(4, 1e-4, window=mfac_jax.DenseWindow(dtype))
     update = jax.jit(opt.update)
 
     def run(place):

@@ -9,28 +9,38 @@ import types
 from unittest import mock
 
 import optax
+import pytest
 from absl.testing import parameterized
 
 import mfac_jax
 
-# With a small damping a step is bounded by about lr · m / |g|, and near an optimum
-# stability wants lr / damp < 2 / L: hence the large damping of these toy problems.
-ENTRY = {
-    "opt_name": "mfac",
-    "opt_kwargs": {"learning_rate": 0.1, "num_grads": 8, "damp": 100.0},
-    "wrapper_name": None,
-    "wrapper_kwargs": None,
+# The sparse ones leave something out of the gradients: of matrices, or of all.
+WINDOWS = {
+    "Dense": mfac_jax.DenseWindow(),
+    "Bfloat16": mfac_jax.DenseWindow("bfloat16"),
+    "Int8": mfac_jax.Int8Window(),
+    "RowSparse": mfac_jax.RowSparseWindow(1),
+    "TopK": mfac_jax.TopKWindow(0.5),
 }
 
 
-def load_contract_suite():
+def load_contract_suite(window):
+    # With a small damping a step is bounded by about lr · m / |g|, and near an optimum
+    # stability wants lr / damp < 2 / L: hence the large damping of these toy problems.
+    hyperparams = {"learning_rate": 0.1, "num_grads": 8, "damp": 100.0}
+    entry = {
+        "opt_name": "mfac",
+        "opt_kwargs": hyperparams | {"window": window},
+        "wrapper_name": None,
+        "wrapper_kwargs": None,
+    }
     spec = importlib.util.find_spec("optax.contrib._common_test")
     assert spec is not None
     assert spec.origin is not None, "this version of Optax ships no contract suite"
     product = parameterized.product
 
     def product_with_our_entry(*optimizers, **axes):
-        return product(*[(ENTRY,) for _ in optimizers], **axes)
+        return product(*[(entry,) for _ in optimizers], **axes)
 
     spec = importlib.util.spec_from_file_location("contract_suite", spec.origin)
     assert spec is not None
@@ -44,11 +54,14 @@ def load_contract_suite():
             factory, static_args=("num_grads", "mask", "window", *static_args)
         )
     )
-    return suite
+    return suite.ContribTest
 
 
-ContribTest = load_contract_suite().ContribTest
+for _kind, _window in WINDOWS.items():
+    globals()[f"Test{_kind}"] = load_contract_suite(_window)
 
 
-def test_the_suite_has_sixteen_tests():
-    assert sum(name.startswith("test_") for name in dir(ContribTest)) == 16
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_the_suite_has_sixteen_tests(kind):
+    suite = globals()[f"Test{kind}"]
+    assert sum(name.startswith("test_") for name in dir(suite)) == 16
