@@ -79,19 +79,44 @@ def batch_of(
     return {**batch, "weights": weights}
 
 
+def train_order(
+    num_examples: int, batch_size: int, num_steps: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Yields the examples of ``num_steps`` batches, reshuffled each epoch.
+
+    The last batch of an epoch may be short.
+    """
+    step, epoch = 0, 0
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(num_examples)
+        for start in range(0, num_examples, batch_size):
+            if step == num_steps:
+                return
+            yield order[start : start + batch_size]
+            step += 1
+        epoch += 1
+
+
 def train_batches(
     features: Features, batch_size: int, num_steps: int, seed: int
 ) -> Iterator[Mapping[str, np.ndarray]]:
-    """Yields ``num_steps`` batches, reshuffled each epoch, whose last may be short."""
-    step, epoch = 0, 0
-    while True:
-        order = np.random.default_rng((seed, epoch)).permutation(len(features))
-        for start in range(0, len(order), batch_size):
-            if step == num_steps:
-                return
-            yield batch_of(features, order[start : start + batch_size], batch_size)
-            step += 1
-        epoch += 1
+    """Yields ``num_steps`` batches in the order of :func:`train_order`."""
+    for indices in train_order(len(features), batch_size, num_steps, seed):
+        yield batch_of(features, indices, batch_size)
+
+
+def max_distinct_tokens(
+    features: Features, batch_size: int, num_steps: int, seed: int
+) -> int:
+    """Returns the most distinct tokens that any batch of :func:`train_batches` has."""
+    seen = np.zeros(features.input_ids.max() + 1, bool)
+    most = 0
+    for indices in train_order(len(features), batch_size, num_steps, seed):
+        tokens = features.input_ids[indices]
+        seen[tokens] = True
+        most = max(most, int(np.count_nonzero(seen)))
+        seen[tokens] = False
+    return most
 
 
 def eval_batches(

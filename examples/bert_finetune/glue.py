@@ -84,15 +84,14 @@ def run(args: Arguments) -> dict[str, float]:
         )
     plan = None
     if train_set is not None:
-        plan = _plan_training(args, len(train_set))
-        optimizers.check_memory(plan.optimizer, model.params)
+        plan = _plan_training(args, model, train_set)
     output_dir = prepare_output_dir(args)
     # From here on nothing is left to refuse.
     for note in model.notes:
         print(note)
     history = results = {}
-    if train_set is not None and plan is not None:
-        model, history, results = _train(args, plan, output_dir, model, train_set)
+    if plan is not None:
+        model, history, results = _train(args, plan, output_dir, model)
     if eval_set is not None:
         results = results | _evaluate(args, model, eval_set)
         reporting.write_json(output_dir / "eval_results.json", results)
@@ -203,18 +202,33 @@ def prepare_output_dir(args: Arguments) -> Path:
 
 
 class _Plan(NamedTuple):
+    features: data.Features
     num_steps: int
     steps_per_epoch: int
     optimizer: optimizers.Optimizer
 
 
-def _plan_training(args: Arguments, num_examples: int) -> _Plan:
-    steps_per_epoch = math.ceil(num_examples / args.per_device_train_batch_size)
+def _plan_training(
+    args: Arguments, model: checkpoints.Pretrained, dataset: datasets.Dataset
+) -> _Plan:
+    batch_size = args.per_device_train_batch_size
+    steps_per_epoch = math.ceil(len(dataset) / batch_size)
     num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
     if args.max_steps > 0:
         num_steps = args.max_steps
-    optimizer = optimizers.make_optimizer(args, num_steps)
-    return _Plan(num_steps, steps_per_epoch, optimizer)
+    max_rows = {
+        "word_embeddings": batch_size * args.max_seq_length,
+        "position_embeddings": args.max_seq_length,
+    }
+    # With the bound that always holds, to refuse a bad flag before a long wait.
+    optimizers.make_optimizer(args, num_steps, max_rows)
+    features = _tokenize(args, model, dataset)
+    max_rows["word_embeddings"] = data.max_distinct_tokens(
+        features, batch_size, num_steps, args.seed
+    )
+    optimizer = optimizers.make_optimizer(args, num_steps, max_rows)
+    optimizers.check_memory(optimizer, model.params)
+    return _Plan(features, num_steps, steps_per_epoch, optimizer)
 
 
 def _tokenize(
@@ -229,20 +243,18 @@ def _train(
     plan: _Plan,
     output_dir: Path,
     model: checkpoints.Pretrained,
-    dataset: datasets.Dataset,
 ) -> tuple[checkpoints.Pretrained, dict[str, list[float]], dict[str, float]]:
     """Trains and saves; returns the model, metrics by step, and what was reached."""
-    num_steps, steps_per_epoch, optimizer = plan
+    features, num_steps, steps_per_epoch, optimizer = plan
     batch_size = args.per_device_train_batch_size
-    features = _tokenize(args, model, dataset)
     loss_fn = training.classification_loss(
         modeling.make_apply(model.config, modeling.BertForSequenceClassification)
     )
     state = training.init_state(model.params, optimizer.transformation)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     print(
-        f"Training {args.task_name}: {len(dataset):,} examples, {num_steps:,} steps of "
-        f"{batch_size}, {num_params:,} parameters.\n"
+        f"Training {args.task_name}: {len(features):,} examples, {num_steps:,} steps "
+        f"of {batch_size}, {num_params:,} parameters.\n"
         f"{optimizer.name} with {optimizer.hyperparams}; its state takes "
         f"{optimizers.nbytes(state.opt_state) / 1e9:.2f} GB."
     )
@@ -282,7 +294,7 @@ def _train(
     reached = {"epoch": num_steps / steps_per_epoch}
     last = {
         name: history[name][-1]
-        for name in ("damp", "num_raised", "num_refused")
+        for name in ("damp", "num_raised", "num_refused", "num_dropped")
         if name in history
     }
     reporting.write_json(
@@ -290,7 +302,7 @@ def _train(
         {
             "train_loss": float(np.mean(history["loss"])),
             "train_runtime": seconds,
-            "train_samples": len(dataset),
+            "train_samples": len(features),
             "train_samples_per_second": num_steps * batch_size / seconds,
             "train_steps_per_second": num_steps / seconds,
             **last,

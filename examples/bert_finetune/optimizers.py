@@ -36,11 +36,39 @@ class Optimizer(NamedTuple):
     transformation: optax.GradientTransformation
 
 
-def _mfac(schedule: optax.Schedule, hyperparams: Mapping[str, Any]):
-    return mfac_jax.mfac(schedule, **hyperparams, mask=decay_mask)
+def _mfac(
+    schedule: optax.Schedule,
+    hyperparams: Mapping[str, Any],
+    max_rows: Mapping[str, int],
+):
+    windows = {
+        "dense": mfac_jax.DenseWindow(),
+        "bf16": mfac_jax.DenseWindow(jnp.bfloat16),
+        "int8": mfac_jax.Int8Window(),
+        "row_sparse": mfac_jax.compact_windows(max_rows),
+        "row_sparse_bf16": mfac_jax.compact_windows(max_rows, jnp.bfloat16),
+        "topk": mfac_jax.TopKWindow(),
+    }
+    name = hyperparams["window"]
+    if name not in list(windows):
+        raise ValueError(f"window must be one of {', '.join(windows)}, got {name!r}.")
+    if hyperparams["weight_decay"] > 0 and name.startswith("row_sparse"):
+        raise ValueError(
+            f"weight_decay {hyperparams['weight_decay']} makes the gradients of the "
+            f"embedding tables dense, for which window {name!r} has no room: choose "
+            "dense, bf16, int8 or topk."
+        )
+    return mfac_jax.mfac(
+        schedule, **{**hyperparams, "window": windows[name]}, mask=decay_mask
+    )
 
 
-def _adamw(schedule: optax.Schedule, hyperparams: Mapping[str, Any]):
+def _adamw(
+    schedule: optax.Schedule,
+    hyperparams: Mapping[str, Any],
+    max_rows: Mapping[str, int],
+):
+    del max_rows
     for name in ("b1", "b2"):
         if not 0 <= hyperparams[name] < 1:
             raise ValueError(f"{name} must be in [0, 1), got {hyperparams[name]}.")
@@ -87,13 +115,24 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
 
 # name -> factory and defaults; `lr` and `weight_decay` default to their flags.
 _OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "MFAC": (_mfac, {"num_grads": 1024, "damp": 1e-6, "momentum": 0.0}),
+    "MFAC": (
+        _mfac,
+        {"num_grads": 1024, "damp": 1e-6, "momentum": 0.0, "window": "row_sparse"},
+    ),
     "adamw": (_adamw, {"b1": 0.9, "b2": 0.999, "eps": 1e-8}),
 }
 
 
-def make_optimizer(args: Arguments, num_steps: int) -> Optimizer:
+def make_optimizer(
+    args: Arguments, num_steps: int, max_rows: Mapping[str, int]
+) -> Optimizer:
     """Builds what `--optim`, `--optim_args` and the flags beside them describe.
+
+    Args:
+      args: the flags.
+      num_steps: over which the learning rate decays.
+      max_rows: by name of an embedding table, the rows of which any batch has a
+        gradient; row-sparse windows hold as many.
 
     Raises:
       UserError: for an unknown optimizer or hyper-parameter, malformed JSON, or a value
@@ -116,7 +155,7 @@ def make_optimizer(args: Arguments, num_steps: int) -> Optimizer:
     schedule = linear_schedule(lr, num_steps, args.warmup_ratio)
     try:
         optimizer = factory(
-            schedule, {k: v for k, v in hyperparams.items() if k != "lr"}
+            schedule, {k: v for k, v in hyperparams.items() if k != "lr"}, max_rows
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--optim_args of {args.optim}: {error}") from None
@@ -146,6 +185,8 @@ def _parse_optim_args(args: Arguments, known: Mapping[str, Any]) -> dict[str, An
                 f"--optim_args has the unknown key {name!r}; {args.optim} knows "
                 f"{', '.join(known)}."
             )
+        if name == "window":
+            continue  # A name, checked where the names are.
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{name} in --optim_args must be a number, got {value!r}.")
     return given
@@ -195,7 +236,7 @@ def check_memory(optimizer: Optimizer, params: Any) -> None:
     )
     num_grads = optimizer.hyperparams.get("num_grads")
     if num_grads is not None:
-        window = nbytes(optax.tree.get(shapes, "window"))
+        window = mfac_jax.window_nbytes(shapes)
         for_window = available - working - (state - window)
         fitting = max(0, for_window * num_grads // window)
         message += (

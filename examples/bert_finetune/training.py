@@ -23,7 +23,7 @@ LossFn = Callable[
     tuple[jax.Array, dict[str, jax.Array]],
 ]
 # Scalars of an optimizer's state that are worth a curve.
-_OPTIMIZER_SCALARS = ("damp", "num_raised", "num_refused")
+_OPTIMIZER_SCALARS = ("damp", "num_raised", "num_refused", "num_dropped")
 # Steps that may be dispatched before the first of them has to be finished.
 _MAX_STEPS_IN_FLIGHT = 16
 

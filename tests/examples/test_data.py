@@ -65,6 +65,15 @@ def test_every_epoch_has_every_example_once_in_another_order():
         np.testing.assert_array_equal(batch["input_ids"][:, 0], batch["labels"])
 
 
+def test_distinct_tokens_of_the_batches_to_come():
+    tokens = np.random.default_rng(0).integers(0, 50, (23, 6))
+    features = data.Features(tokens, tokens, tokens, np.arange(23))
+    for num_steps in (1, 5, 13):
+        batches = data.train_batches(features, 4, num_steps, seed=1)
+        expected = max(len(np.unique(batch["input_ids"])) for batch in batches)
+        assert data.max_distinct_tokens(features, 4, num_steps, seed=1) == expected
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 9])
 def test_evaluation_sees_every_example_once_in_order(size):
     batches = list(data.eval_batches(features_of(size), 4))

@@ -17,6 +17,13 @@ def args_of(optim="MFAC", optim_args=None, *flags):
     return parse_arguments([*required.split(), "--optim", optim, *flags])
 
 
+MAX_ROWS = {"word_embeddings": 5, "position_embeddings": 4}
+
+
+def make_optimizer(args, num_steps=10):
+    return optimizers.make_optimizer(args, num_steps, MAX_ROWS)
+
+
 PARAMS = {
     "dense": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.ones(3)},
     "LayerNorm": {"scale": jnp.ones(3), "bias": jnp.ones(3)},
@@ -24,21 +31,20 @@ PARAMS = {
 
 
 def test_hyperparameters_come_from_optim_args_flags_and_defaults():
-    optim_args = '{"lr": 1e-3, "num_grads": 4}'
-    optimizer = optimizers.make_optimizer(
-        args_of("MFAC", optim_args, "--weight_decay", "0.1"), 10
-    )
+    optim_args = '{"lr": 1e-3, "num_grads": 4, "window": "int8"}'
+    optimizer = make_optimizer(args_of("MFAC", optim_args, "--weight_decay", "0.1"), 10)
     assert optimizer.hyperparams == {
         "lr": 1e-3,
         "num_grads": 4,
         "damp": 1e-6,
         "momentum": 0.0,
+        "window": "int8",
         "weight_decay": 0.1,
     }
     # "lr" overrides --learning_rate, and the decay scales whichever holds.
     assert optimizer.schedule(0) == pytest.approx(1e-3)
     assert optimizer.schedule(5) == pytest.approx(5e-4)
-    optimizer = optimizers.make_optimizer(args_of("adamw"), 10)
+    optimizer = make_optimizer(args_of("adamw"), 10)
     assert optimizer.schedule(5) == pytest.approx(2.5e-5)
     assert optimizer.hyperparams == {
         "lr": 5e-5,
@@ -69,7 +75,7 @@ def test_gradients_are_clipped_before_the_optimizer(optim):
     unit = jax.tree.map(lambda x: x / optax.tree.norm(gradients), gradients)
 
     def first_update(gradients, *flags):
-        optimizer = optimizers.make_optimizer(
+        optimizer = make_optimizer(
             args_of(optim, None if optim == "adamw" else '{"num_grads": 2}', *flags), 10
         ).transformation
         return optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)[0]
@@ -94,8 +100,10 @@ def test_decay_spares_biases_and_norms(optim):
         "dense": {"kernel": True, "bias": False},
         "LayerNorm": {"scale": False, "bias": False},
     }
-    optim_args = '{"lr": 0.1, "weight_decay": 0.5}'
-    optimizer = optimizers.make_optimizer(args_of(optim, optim_args), 10).transformation
+    optim_args = {"lr": 0.1, "weight_decay": 0.5}
+    if optim == "MFAC":
+        optim_args["window"] = "dense"
+    optimizer = make_optimizer(args_of(optim, json.dumps(optim_args))).transformation
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
     assert np.all(np.asarray(updates["dense"]["kernel"]) < 0)
@@ -122,6 +130,19 @@ def test_decay_spares_biases_and_norms(optim):
         ("MFAC", '{"num_grads": 8.0}', "num_grads must be an integer, got 8.0"),
         ("MFAC", '{"damp": -1}', "damp must be positive .*got -1"),
         ("MFAC", '{"damp": 0}', "damp must be positive .*got 0"),
+        (
+            "MFAC",
+            '{"window": "sparse"}',
+            "window must be one of dense, .* got 'sparse'",
+        ),
+        ("MFAC", '{"window": ["dense"]}', r"window must be one of .* got \['dense'\]"),
+        (
+            "MFAC",
+            '{"weight_decay": 0.01}',
+            "weight_decay 0.01 .* tables dense.*'row_sparse'.* choose dense, bf16",
+        ),
+        ("MFAC", '{"window": 8}', "window must be one of dense, bf16, int8, .* got 8"),
+        ("adamw", '{"window": "dense"}', "unknown key 'window'"),
         ("MFAC", '{"momentum": 1}', r"momentum must be in \[0, 1\), got 1"),
         ("MFAC", '{"weight_decay": -1}', "weight_decay .* got -1"),
         ("adamw", '{"b1": 1.0}', r"b1 must be in \[0, 1\), got 1.0"),
@@ -131,11 +152,62 @@ def test_decay_spares_biases_and_norms(optim):
 )
 def test_a_bad_hyperparameter_is_named(optim, optim_args, message):
     with pytest.raises(UserError, match=message):
-        optimizers.make_optimizer(args_of(optim, optim_args), 10)
+        make_optimizer(args_of(optim, optim_args), 10)
+
+
+EMBEDDINGS = {
+    "embeddings": {
+        "word_embeddings": {"embedding": jnp.ones((30, 2))},
+        "position_embeddings": {"embedding": jnp.ones((16, 2))},
+        "token_type_embeddings": {"embedding": jnp.ones((2, 2))},
+    },
+    "dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)},
+}
+
+
+@pytest.mark.parametrize(
+    ("window", "dtype", "rows"),
+    [
+        (None, "float32", (5, 4)),
+        ("row_sparse", "float32", (5, 4)),
+        ("row_sparse_bf16", "bfloat16", (5, 4)),
+        ("dense", "float32", None),
+        ("bf16", "bfloat16", None),
+    ],
+)
+def test_windows_by_name(window, dtype, rows):
+    optim_args = {"num_grads": 3} | ({"window": window} if window else {})
+    optimizer = make_optimizer(args_of("MFAC", json.dumps(optim_args)))
+    state = optimizer.transformation.init(EMBEDDINGS)
+    window = optax.tree.get(state, "ScaleByMFACState").window
+    assert window["dense"]["kernel"].dtype == dtype
+    words, positions, types = (
+        window["embeddings"][f"{name}_embeddings"]["embedding"]
+        for name in ("word", "position", "token_type")
+    )
+    assert types.shape == (3, 2, 2)
+    if rows is None:
+        assert words.shape == (3, 30, 2)
+        assert positions.shape == (3, 16, 2)
+    else:
+        assert words.values.shape == (3, rows[0], 2)
+        assert positions.values.shape == (3, rows[1], 2)
+        assert words.values.dtype == positions.values.dtype == dtype
+
+
+@pytest.mark.parametrize("window", ["int8", "topk"])
+def test_every_leaf_is_compact(window):
+    optimizer = make_optimizer(args_of("MFAC", json.dumps({"window": window})))
+    shapes = jax.eval_shape(optimizer.transformation.init, EMBEDDINGS)
+    leaves = jax.tree.leaves(optax.tree.get(shapes, "ScaleByMFACState").window)
+    assert {leaf.dtype.name for leaf in leaves} == {
+        "int8": {"int8", "float32"},
+        "topk": {"uint8", "float32"},
+    }[window]
 
 
 def test_adamw_without_first_moment_is_rmsprop():
-    optimizer = optimizers.make_optimizer(
+    optimizer = make_optimizer(
         args_of("adamw", '{"lr": 1.0, "b1": 0, "b2": 0, "eps": 0}'), 10
     ).transformation
     gradients = jax.tree.map(lambda x: -0.1 * x, PARAMS)
@@ -150,7 +222,7 @@ def test_a_window_that_does_not_fit_is_refused_with_figures(monkeypatch):
 
     def check(num_grads):
         optim_args = json.dumps({"num_grads": num_grads})
-        optimizer = optimizers.make_optimizer(args_of("MFAC", optim_args), 10)
+        optimizer = make_optimizer(args_of("MFAC", optim_args), 10)
         optimizers.check_memory(optimizer, params)
 
     check(200)
