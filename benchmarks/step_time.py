@@ -60,7 +60,9 @@ def measure(num_grads: int, size: int, repeats: int) -> dict[str, float]:
     exact = np.asarray(window, np.float64).reshape(8, -1)
     exact = exact @ exact[0]
     errors = {
-        "row_products": _dense_window.row_products(window, window[0], jnp.float32),
+        "row_products": _dense_window.DenseGradients(window).products(
+            window[0], jnp.float32
+        ),
         "bare_product": product(window.reshape(8, -1), window[0].ravel()),
     }
     return {

@@ -1,0 +1,154 @@
+r"""Every kind of window on the same real gradients: bytes, time, direction.
+
+    PYTHONPATH=examples python benchmarks/window_kinds.py \
+        --model_name_or_path prajjwal1/bert-tiny
+
+Trains on QQP for `num_grads` steps (batch 32, length 128) and keeps the gradients. Each
+kind is then fed with them. The time of a step with a full window stands beside the
+floor of two reads of that window's bytes, at the bandwidth that a matrix product
+reaches in the same process, and beside the step of the dense float32 window.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from bert_finetune import checkpoints, data, glue, hub, modeling, training
+from bert_finetune.arguments import Arguments, parse_arguments
+from step_time import best_time
+
+import mfac_jax
+
+Gradients = list[Any]
+
+
+def qqp_gradients(args: Arguments, num_steps: int) -> tuple[Gradients, dict[str, int]]:
+    """Returns the clipped gradients of a short run, and the rows that they can have."""
+    model_class = modeling.BertForSequenceClassification
+    model = checkpoints.load_pretrained(
+        hub.resolve_model(args.model_name_or_path),
+        model_class,
+        label_names=list(glue.TASKS["qqp"].label_names),
+        seed=args.seed,
+    )
+    dataset = glue.load_split(args, "train", args.max_train_samples)
+    texts = [dataset[column] for column in glue.TASKS["qqp"].text_columns]
+    features = data.tokenize(
+        model.tokenizer, texts, dataset["label"], args.max_seq_length
+    )
+    order = args.per_device_train_batch_size, num_steps, args.seed
+    max_rows = {
+        "word_embeddings": data.max_distinct_tokens(features, *order),
+        "position_embeddings": args.max_seq_length,
+    }
+    loss_fn = training.classification_loss(
+        modeling.make_apply(model.config, model_class)
+    )
+    clip = optax.clip_by_global_norm(1.0)
+    opt = mfac_jax.mfac(1e-4, num_steps, window=mfac_jax.compact_windows(max_rows))
+
+    @jax.jit
+    def gradient_of(params, batch, step):
+        key = jax.random.fold_in(jax.random.key(args.seed), step)
+        gradient = jax.grad(lambda p: loss_fn(p, batch, key)[0])(params)
+        return clip.update(gradient, clip.init(params))[0]
+
+    update = jax.jit(opt.update, donate_argnums=1)
+    params, state, gradients = model.params, opt.init(model.params), []
+    for step, batch in enumerate(data.train_batches(features, *order)):
+        gradients.append(gradient_of(params, batch, step))
+        updates, state = update(gradients[-1], state)
+        params = optax.apply_updates(params, updates)
+    return gradients, max_rows
+
+
+def measure(window: Any, gradients: Gradients, repeats: int) -> tuple[Any, float, int]:
+    """Fills a window; returns the last direction, seconds of a step, and bytes."""
+    opt = mfac_jax.scale_by_mfac(len(gradients), window=window)
+    update = jax.jit(opt.update, donate_argnums=1)
+    state, direction = opt.init(gradients[0]), None
+    for gradient in gradients:
+        direction, state = update(gradient, state)
+    nbytes = mfac_jax.window_nbytes(state)
+
+    def step():
+        nonlocal state
+        updates, state = update(gradients[0], state)
+        return updates
+
+    return direction, best_time(step, repeats), nbytes
+
+
+def read_bandwidth(repeats: int) -> float:
+    """Returns bytes per second of a combination of rows, one pass over 1 GB."""
+    matrix = jnp.ones((256, 1_000_000))
+    combine = jax.jit(lambda c, g: jnp.matmul(c, g, precision="highest"))
+    return matrix.nbytes / best_time(lambda: combine(matrix[:, 0], matrix), repeats)
+
+
+def cosine(x: Any, y: Any) -> float:
+    """Returns the cosine of the angle between two trees."""
+    return float(optax.tree.vdot(x, y) / optax.tree.norm(x) / optax.tree.norm(y))
+
+
+def main() -> None:
+    """Prints one JSON object: the kinds, the device and the versions."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--dataset_name", default="nyu-mll/glue")
+    parser.add_argument("--num_grads", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=10)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as output_dir:
+        flags = [
+            *("--model_name_or_path", given.model_name_or_path),
+            *("--dataset_name", given.dataset_name, "--task_name", "qqp"),
+            *("--per_device_train_batch_size", "32", "--max_train_samples", "20000"),
+            *("--do_train", "--output_dir", output_dir),
+        ]
+        gradients, max_rows = qqp_gradients(parse_arguments(flags), given.num_grads)
+    kinds = {
+        "dense float32": mfac_jax.DenseWindow(),
+        "dense bfloat16": mfac_jax.DenseWindow(jnp.bfloat16),
+        "int8": mfac_jax.Int8Window(),
+        "row-sparse float32": mfac_jax.compact_windows(max_rows),
+        "row-sparse bfloat16": mfac_jax.compact_windows(max_rows, jnp.bfloat16),
+        "top-k 1 %": mfac_jax.TopKWindow(),
+    }
+    bandwidth = read_bandwidth(given.repeats)
+    exact, dense_time, rows = None, 0.0, {}
+    for name, window in kinds.items():
+        direction, seconds, nbytes = measure(window, gradients, given.repeats)
+        if exact is None:
+            exact, dense_time = direction, seconds
+        rows[name] = {
+            "window_mb": nbytes / 1e6,
+            "step_ms": 1e3 * seconds,
+            "ratio_to_two_reads": seconds * bandwidth / (2 * nbytes),
+            "times_faster_than_dense": dense_time / seconds,
+            "cosine_with_dense": cosine(direction, exact),
+            "length_to_dense": float(
+                optax.tree.norm(direction) / optax.tree.norm(exact)
+            ),
+        }
+    result = {
+        "num_grads": given.num_grads,
+        "numbers": int(sum(np.size(x) for x in jax.tree.leaves(gradients[0]))),
+        "max_rows": max_rows,
+        "read_gb_per_s": bandwidth / 1e9,
+        "kinds": rows,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
