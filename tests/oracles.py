@@ -10,11 +10,16 @@ def dense_inverse_product(window, vector, damp):
     return np.linalg.solve(fisher, np.asarray(vector, np.float64))
 
 
-def row_direction(window, row, damp):
-    """``F⁻¹ g`` of a row of the window by its Gram matrix, for long rows."""
-    window = np.asarray(window, np.float64)
-    system = len(window) * damp * np.eye(len(window)) + window @ window.T
-    return len(window) * np.linalg.solve(system, np.eye(len(window))[row]) @ window
+def newest_directions(gradients, num_grads, damp):
+    """Yields ``F⁻¹ g`` of every gradient in turn, by the Gram matrix: for long ones."""
+    gradients = np.asarray(gradients, np.float64)
+    gram = gradients @ gradients.T
+    for t in range(len(gradients)):
+        # In any order; rows not yet written add nothing.
+        window = slice(max(0, t + 1 - num_grads), t + 1)
+        system = gram[window, window] + num_grads * damp * np.eye(len(gram[window]))
+        newest = np.eye(len(system))[-1]
+        yield num_grads * np.linalg.solve(system, newest) @ gradients[window]
 
 
 def recursive_inverse_product(window, vector, damp):

@@ -17,7 +17,6 @@ import mfac_jax
 # The sparse ones leave something out of the gradients: of matrices, or of all.
 WINDOWS = {
     "Dense": mfac_jax.DenseWindow(),
-    "Bfloat16": mfac_jax.DenseWindow("bfloat16"),
     "Int8": mfac_jax.Int8Window(),
     "RowSparse": mfac_jax.RowSparseWindow(1),
     "TopK": mfac_jax.TopKWindow(0.5),

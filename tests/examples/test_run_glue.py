@@ -97,7 +97,7 @@ def test_a_run_can_be_repeated_to_the_bit(root, tmp_path):
 
 def test_row_sparse_windows_follow_dense_ones_and_drop_nothing(root, tmp_path):
     losses = {}
-    for window in ("row_sparse", "dense", "int8", "topk"):
+    for window in ("row_sparse", "dense"):
         output_dir = tmp_path / window
         optim_args = json.dumps(
             {"lr": 1e-2, "num_grads": 8, "damp": 1e-2, "window": window}
@@ -111,9 +111,6 @@ def test_row_sparse_windows_follow_dense_ones_and_drop_nothing(root, tmp_path):
         losses[window] = [json.loads(line)["loss"] for line in lines]
         assert read_json(output_dir / "train_results.json")["num_dropped"] == 0
     np.testing.assert_allclose(losses["row_sparse"], losses["dense"], rtol=1e-4)
-    np.testing.assert_allclose(losses["int8"], losses["dense"], rtol=1e-2)
-    assert not np.allclose(losses["int8"], losses["dense"], rtol=1e-6)
-    assert not np.allclose(losses["topk"], losses["dense"], rtol=1e-3)
 
 
 def test_sample_limits_and_step_limits(root, tmp_path):
