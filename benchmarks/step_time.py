@@ -80,6 +80,15 @@ def measure(num_grads: int, size: int, repeats: int) -> dict[str, float]:
     }
 
 
+def environment() -> dict[str, str]:
+    """Returns device and versions."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def main() -> None:
     """Prints one JSON object: the measurement, the device and the versions."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -89,9 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     result = {
         **measure(args.num_grads, args.size, args.repeats),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        **environment(),
     }
     print(json.dumps(result, indent=2))
 

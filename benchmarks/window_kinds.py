@@ -11,7 +11,6 @@ reaches in the same process, and beside the step of the dense float32 window.
 
 import argparse
 import json
-import platform
 import tempfile
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import optax
 from bert_finetune import checkpoints, data, glue, hub, modeling, training
 from bert_finetune.arguments import Arguments, parse_arguments
-from step_time import best_time
+from step_time import best_time, environment
 
 import mfac_jax
 
@@ -143,9 +142,7 @@ def main() -> None:
         "max_rows": max_rows,
         "read_gb_per_s": bandwidth / 1e9,
         "kinds": rows,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
+        **environment(),
     }
     print(json.dumps(result, indent=2))
 

@@ -74,10 +74,9 @@ class Int8Gradients(NamedTuple):
         return f"{num_blocks} block(s) of {block_size} numbers"
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return (
-            _storage.block_shape(math.prod(shape), self.values.shape[2])
-            == (self.values.shape[1:])
-        )
+        num_blocks, block_size = self.values.shape[1:]
+        blocks = _storage.block_shape(math.prod(shape), block_size)
+        return blocks == (num_blocks, block_size)
 
     def encode(self, gradient: jax.Array, dtype) -> _storage.Encoded["Int8Gradients"]:
         blocks = _storage.to_blocks(

@@ -502,6 +502,7 @@ def test_precision_follows_the_parameters(kind):
         chex.assert_trees_all_equal_dtypes(state, opt.init(params))
         params["d"] = jnp.ones((9, 5), jnp.float64)
         updates, state = run(opt, gradients_like(params, 4))
+        assert state.gram.dtype == (jnp.float32 if kind == "bf16" else jnp.float64)
         chex.assert_trees_all_equal_dtypes(updates[-1], params)
         chex.assert_trees_all_equal_dtypes(state, opt.init(params))
 

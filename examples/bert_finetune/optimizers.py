@@ -236,7 +236,11 @@ def check_memory(optimizer: Optimizer, params: Any) -> None:
     )
     num_grads = optimizer.hyperparams.get("num_grads")
     if num_grads is not None:
-        window = mfac_jax.window_nbytes(shapes)
+        # The error of a top-k window does not grow with num_grads.
+        errors = sum(
+            nbytes(e) for _, e in optax.tree.get_all_with_path(shapes, "error")
+        )
+        window = mfac_jax.window_nbytes(shapes) - errors
         for_window = available - working - (state - window)
         fitting = max(0, for_window * num_grads // window)
         message += (

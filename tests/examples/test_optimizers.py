@@ -238,5 +238,18 @@ def test_a_window_that_does_not_fit_is_refused_with_figures(monkeypatch):
         check(fitting + 5)
 
 
+def test_what_would_fit_of_a_top_k_window_fits(monkeypatch):
+    monkeypatch.setattr(optimizers, "available_memory", lambda: 4 * 10**7)
+    params = {"dense": {"kernel": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}}
+
+    def check(num_grads):
+        optim_args = json.dumps({"num_grads": num_grads, "window": "topk"})
+        optimizers.check_memory(make_optimizer(args_of("MFAC", optim_args)), params)
+
+    with pytest.raises(UserError, match="would fit") as caught:
+        check(512)
+    check(int(str(caught.value).split(" would fit")[0].split()[-1]))
+
+
 def test_available_memory_is_a_plausible_number():
     assert 1e7 < optimizers.available_memory() < 1e14
