@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bert_finetune import checkpoints, data, glue, hub, modeling, training
+from bert_finetune import data, glue, hub, modeling, pretrained, training
 from bert_finetune.arguments import Arguments, parse_arguments
 from step_time import best_time, environment
 
@@ -30,7 +30,7 @@ Gradients = list[Any]
 def qqp_gradients(args: Arguments, num_steps: int) -> tuple[Gradients, dict[str, int]]:
     """Returns the clipped gradients of a short run, and the rows that they can have."""
     model_class = modeling.BertForSequenceClassification
-    model = checkpoints.load_pretrained(
+    model = pretrained.load_pretrained(
         hub.resolve_model(args.model_name_or_path),
         model_class,
         label_names=list(glue.TASKS["qqp"].label_names),

@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import run_glue
-from bert_finetune import checkpoints, metrics, modeling, reporting
+from bert_finetune import metrics, modeling, pretrained, reporting
 from bert_finetune.errors import UserError
 from paraphrases import Pair, generate, vocabulary
 from sklearn.feature_extraction.text import CountVectorizer
@@ -101,7 +101,7 @@ def write_model(directory: Path) -> None:
         attention_probs_dropout_prob=0.0,
     )
     model_class = modeling.BertForSequenceClassification
-    checkpoints.save_pretrained(
+    pretrained.save_pretrained(
         directory,
         modeling.init_params(config, model_class, seed=0),
         config,

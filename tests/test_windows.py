@@ -14,7 +14,7 @@ import optax
 import oracles
 import orbax.checkpoint as ocp
 import pytest
-from bert_finetune import checkpoints, modeling, training
+from bert_finetune import modeling, pretrained, training
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mfac_jax
@@ -204,11 +204,11 @@ def bert_gradients(dtype):
     """The gradients of the recorded run of a small BERT, and its tokens."""
     settings = json.loads((MICRO / "hyperparameters.json").read_text())
     config, model_class = (
-        checkpoints.read_config(MICRO),
+        pretrained.read_config(MICRO),
         modeling.BertForSequenceClassification,
     )
-    params, _ = checkpoints.params_from_tensors(
-        checkpoints.read_tensors(MICRO),
+    params, _ = pretrained.params_from_tensors(
+        pretrained.read_tensors(MICRO),
         modeling.init_params(config, model_class, 0, dtype),
         MICRO,
     )

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from bert_finetune import checkpoints, modeling
+from bert_finetune import modeling, pretrained
 from safetensors.numpy import save_file
 from transformers import BertConfig
 
@@ -39,7 +39,7 @@ _STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
 def tensors(model_class=modeling.BertForSequenceClassification, seed=0):
     """Random weights under Hugging Face's names."""
     params = modeling.init_params(BertConfig(**CONFIG), model_class, seed)
-    named = checkpoints.tensors_from_params(params)
+    named = pretrained.tensors_from_params(params)
     rng = np.random.default_rng(seed)
     return {
         name: tensor + rng.normal(0, 0.1, tensor.shape).astype(tensor.dtype)

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from bert_finetune import (
-    checkpoints,
     data,
     hub,
     metrics,
     modeling,
     optimizers,
+    pretrained,
     reporting,
     training,
 )
@@ -71,7 +71,7 @@ def run(args: Arguments) -> dict[str, float]:
         train_set = load_split(args, "train", args.max_train_samples)
     if args.do_eval:
         eval_set = load_split(args, "validation", args.max_eval_samples)
-    model = checkpoints.load_pretrained(
+    model = pretrained.load_pretrained(
         directory,
         modeling.BertForSequenceClassification,
         label_names=list(task.label_names),
@@ -209,7 +209,7 @@ class _Plan(NamedTuple):
 
 
 def _plan_training(
-    args: Arguments, model: checkpoints.Pretrained, dataset: datasets.Dataset
+    args: Arguments, model: pretrained.Pretrained, dataset: datasets.Dataset
 ) -> _Plan:
     batch_size = args.per_device_train_batch_size
     steps_per_epoch = math.ceil(len(dataset) / batch_size)
@@ -232,7 +232,7 @@ def _plan_training(
 
 
 def _tokenize(
-    args: Arguments, model: checkpoints.Pretrained, dataset: datasets.Dataset
+    args: Arguments, model: pretrained.Pretrained, dataset: datasets.Dataset
 ) -> data.Features:
     texts = [dataset[column] for column in TASKS[args.task_name].text_columns]
     return data.tokenize(model.tokenizer, texts, dataset["label"], args.max_seq_length)
@@ -242,8 +242,8 @@ def _train(
     args: Arguments,
     plan: _Plan,
     output_dir: Path,
-    model: checkpoints.Pretrained,
-) -> tuple[checkpoints.Pretrained, dict[str, list[float]], dict[str, float]]:
+    model: pretrained.Pretrained,
+) -> tuple[pretrained.Pretrained, dict[str, list[float]], dict[str, float]]:
     """Trains and saves; returns the model, metrics by step, and what was reached."""
     features, num_steps, steps_per_epoch, optimizer = plan
     batch_size = args.per_device_train_batch_size
@@ -284,7 +284,7 @@ def _train(
     )
     seconds = time.perf_counter() - started
     model = model._replace(params=state.params)
-    checkpoints.save_pretrained(
+    pretrained.save_pretrained(
         output_dir,
         model.params,
         model.config,
@@ -313,7 +313,7 @@ def _train(
 
 
 def _evaluate(
-    args: Arguments, model: checkpoints.Pretrained, dataset: datasets.Dataset
+    args: Arguments, model: pretrained.Pretrained, dataset: datasets.Dataset
 ) -> dict[str, float]:
     """Evaluates on every example once; returns results under Hugging Face's keys."""
     features = _tokenize(args, model, dataset)

@@ -1,7 +1,7 @@
 """BERT in Flax NNX, driven by the config of a Hugging Face checkpoint.
 
 Attributes carry the names of Hugging Face's modules, so the path of a parameter here is
-its name there (`checkpoints.py` has the three differences). The models are built once
+its name there (`pretrained.py` has the three differences). The models are built once
 for their structure; training works on a nested dict of arrays and the pure function
 that :func:`make_apply` returns.
 """

@@ -3,12 +3,12 @@ import collections
 import numpy as np
 import pytest
 import toy_bert
-from bert_finetune import checkpoints, data
+from bert_finetune import data, pretrained
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    return checkpoints.read_tokenizer(toy_bert.write_model(tmp_path))
+    return pretrained.read_tokenizer(toy_bert.write_model(tmp_path))
 
 
 def test_pairs_as_bert_sees_them(tokenizer):

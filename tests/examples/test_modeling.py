@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_bert
-from bert_finetune import checkpoints, modeling
+from bert_finetune import modeling, pretrained
 from bert_finetune.errors import UserError
 from transformers import BertConfig
 
@@ -23,9 +23,9 @@ def recorded_model(head, dtype):
     """A recorded model as a pure function, its parameters and its batches."""
     directory = REFERENCE / "bert_logits" / head
     model_class, _ = HEADS[head]
-    config = checkpoints.read_config(directory)
-    params, notes = checkpoints.params_from_tensors(
-        checkpoints.read_tensors(directory),
+    config = pretrained.read_config(directory)
+    params, notes = pretrained.params_from_tensors(
+        pretrained.read_tensors(directory),
         modeling.init_params(config, model_class, 0, dtype),
         directory,
     )
@@ -59,10 +59,10 @@ def test_logits_are_those_of_torch(head, dtype, bound):
 @pytest.mark.parametrize("head", HEADS)
 def test_parameters_have_the_names_of_hugging_face(head):
     directory = REFERENCE / "bert_logits" / head
-    params = modeling.init_params(checkpoints.read_config(directory), HEADS[head][0], 0)
+    params = modeling.init_params(pretrained.read_config(directory), HEADS[head][0], 0)
     assert "embedding" in params["bert"]["embeddings"]["word_embeddings"]
-    names = {k: v.shape for k, v in checkpoints.tensors_from_params(params).items()}
-    expected = checkpoints.read_tensors(directory)
+    names = {k: v.shape for k, v in pretrained.tensors_from_params(params).items()}
+    expected = pretrained.read_tensors(directory)
     assert names == {k: v.shape for k, v in expected.items()}
 
 

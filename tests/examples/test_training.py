@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bert_finetune import checkpoints, data, modeling, optimizers, training
+from bert_finetune import data, modeling, optimizers, pretrained, training
 from bert_finetune.arguments import parse_arguments
 from bert_finetune.errors import UserError
 
@@ -18,9 +18,9 @@ MICRO = pathlib.Path(__file__).parents[1] / "reference" / "bert_micro"
 def micro_losses(optimizer, dtype, num_steps):
     """Trains the recorded model through the trainer's own step."""
     model_class = modeling.BertForSequenceClassification
-    config = checkpoints.read_config(MICRO)
-    params, _ = checkpoints.params_from_tensors(
-        checkpoints.read_tensors(MICRO),
+    config = pretrained.read_config(MICRO)
+    params, _ = pretrained.params_from_tensors(
+        pretrained.read_tensors(MICRO),
         modeling.init_params(config, model_class, 0, dtype),
         MICRO,
     )

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 import toy_bert
-from bert_finetune import checkpoints, modeling
+from bert_finetune import modeling, pretrained
 from bert_finetune.errors import UserError
 from safetensors.numpy import load_file, save_file
 
@@ -28,7 +28,7 @@ def assert_same_params(ours, expected):
 def test_a_directory_of_three_files_is_enough(tmp_path, as_torch):
     """As prajjwal1/bert-tiny: no model_type, no tokenizer config, vocab.txt."""
     toy_bert.write_model(tmp_path, as_torch=as_torch)
-    model = checkpoints.load_pretrained(
+    model = pretrained.load_pretrained(
         tmp_path, CLASSIFIER, label_names=["negative", "positive"]
     )
     assert model.notes == []
@@ -43,7 +43,7 @@ def test_a_directory_of_three_files_is_enough(tmp_path, as_torch):
         model.params["bert"]["pooler"]["dense"]["kernel"],
         weights["bert.pooler.dense.weight"].T,
     )
-    assert checkpoints.tensors_from_params(model.params).keys() == weights.keys()
+    assert pretrained.tensors_from_params(model.params).keys() == weights.keys()
 
 
 def without_prefix(weights):
@@ -88,8 +88,8 @@ def with_a_language_model_head(weights):
 def test_names_of_other_writers(tmp_path, change, notes):
     toy_bert.write_model(tmp_path / "plain")
     toy_bert.write_model(tmp_path / "changed", change(toy_bert.tensors()))
-    plain = checkpoints.load_pretrained(tmp_path / "plain", CLASSIFIER)
-    changed = checkpoints.load_pretrained(tmp_path / "changed", CLASSIFIER)
+    plain = pretrained.load_pretrained(tmp_path / "plain", CLASSIFIER)
+    changed = pretrained.load_pretrained(tmp_path / "changed", CLASSIFIER)
     assert changed.notes == notes
     assert_same_params(changed.params, plain.params)
 
@@ -102,7 +102,7 @@ def test_what_is_missing_is_initialised_and_said(tmp_path):
         if not name.startswith(("bert.pooler", "classifier"))
     }
     toy_bert.write_model(tmp_path, encoder)
-    model = checkpoints.load_pretrained(tmp_path, CLASSIFIER, seed=3)
+    model = pretrained.load_pretrained(tmp_path, CLASSIFIER, seed=3)
     assert model.notes == [
         "The checkpoint has no classification head: initialised from the seed.",
         "The checkpoint has no pooler: initialised from the seed.",
@@ -116,9 +116,9 @@ def test_what_is_missing_is_initialised_and_said(tmp_path):
     )
 
 
-def test_another_head_than_the_checkpoints(tmp_path):
+def test_another_head_than_the_checkpoint_has(tmp_path):
     toy_bert.write_model(tmp_path)
-    model = checkpoints.load_pretrained(tmp_path, QA)
+    model = pretrained.load_pretrained(tmp_path, QA)
     assert model.notes == [
         "The checkpoint holds a head of another task: ignored.",
         "The checkpoint holds a pooler, which this model does not have: ignored.",
@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
     toy_bert.write_model(tmp_path)
     change_weights(tmp_path, change)
     with pytest.raises(UserError, match=message):
-        checkpoints.load_pretrained(tmp_path, CLASSIFIER)
+        pretrained.load_pretrained(tmp_path, CLASSIFIER)
 
 
 @pytest.mark.parametrize(
@@ -201,19 +201,19 @@ def test_a_broken_directory_is_one_clear_error(tmp_path, spoil, message):
     toy_bert.write_model(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=message):
-        checkpoints.load_pretrained(tmp_path, CLASSIFIER)
+        pretrained.load_pretrained(tmp_path, CLASSIFIER)
 
 
 @pytest.mark.parametrize("model_class", [CLASSIFIER, QA])
 def test_round_trip_is_bit_equal(tmp_path, model_class):
     toy_bert.write_model(tmp_path / "given", toy_bert.tensors(model_class))
-    model = checkpoints.load_pretrained(
+    model = pretrained.load_pretrained(
         tmp_path / "given", model_class, label_names=["no", "yes"]
     )
-    checkpoints.save_pretrained(
+    pretrained.save_pretrained(
         tmp_path / "saved", model.params, model.config, model.tokenizer, model_class
     )
-    again = checkpoints.load_pretrained(tmp_path / "saved", model_class)
+    again = pretrained.load_pretrained(tmp_path / "saved", model_class)
     assert again.notes == []
     assert_same_params(again.params, model.params)
     assert again.config.id2label == {0: "no", 1: "yes"}
@@ -229,11 +229,11 @@ def test_round_trip_is_bit_equal(tmp_path, model_class):
 
 def test_an_unwritable_directory_is_one_clear_error(tmp_path):
     toy_bert.write_model(tmp_path)
-    model = checkpoints.load_pretrained(tmp_path, CLASSIFIER)
+    model = pretrained.load_pretrained(tmp_path, CLASSIFIER)
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
     with pytest.raises(UserError, match=r"cannot be written to .*file"):
-        checkpoints.save_pretrained(
+        pretrained.save_pretrained(
             in_the_way, model.params, model.config, model.tokenizer, CLASSIFIER
         )
 
@@ -244,9 +244,9 @@ def test_transformers_loads_it_with_the_same_logits(tmp_path, model_class):
     import transformers
 
     toy_bert.write_model(tmp_path / "given", toy_bert.tensors(model_class))
-    model = checkpoints.load_pretrained(tmp_path / "given", model_class)
+    model = pretrained.load_pretrained(tmp_path / "given", model_class)
     directory = tmp_path / "saved"
-    checkpoints.save_pretrained(
+    pretrained.save_pretrained(
         directory, model.params, model.config, model.tokenizer, model_class
     )
     auto_class = {
