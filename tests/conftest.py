@@ -1,10 +1,20 @@
 """Settings of every test: implicit rank promotion raises, eight CPU devices."""
 
 import os
+import tempfile
 
 # Parallel test processes that each start a BLAS thread per core wait for one another:
 # a test of 9 seconds then takes minutes. OpenBLAS reads this when SciPy loads it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Half of the suite's time would be the compilation of programs that another test, or
+# another process, has compiled before. One cache, of this run alone: what pytest starts
+# inherits it, and it goes with the process that made it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _caches = tempfile.TemporaryDirectory(prefix="mfac_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_caches.name}/jax"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["HF_DATASETS_CACHE"] = f"{_caches.name}/datasets"
 
 import jax
 

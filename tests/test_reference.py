@@ -64,7 +64,7 @@ def test_directions_and_probe_in_float64(case):
         assert errors.max() < 1e-9
         assert state.num_raised == 0
         recorded = np.load(REFERENCE / "ihvp.npz")
-        product = mfac_jax.inverse_fisher_vector_product(
+        product = jax.jit(mfac_jax.inverse_fisher_vector_product)(
             state,
             jnp.asarray(recorded[f"{case}__probe"], jnp.float64),
             META["ihvp"][case]["damp"],
