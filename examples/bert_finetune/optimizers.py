@@ -1,10 +1,14 @@
 """`--optim` and `--optim_args`: the optimizer, its schedule, the memory it takes."""
 
+import contextlib
+import difflib
+import functools
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,9 @@ from bert_finetune.errors import UserError
 # Beside the optimizer's state: parameters, gradient, update and activations of a batch,
 # in units of the parameters.
 _WORKING_COPIES = 4
+# What Optax's optimizers call the tree of the weights that decay, and the decay.
+_MASKS = ("mask", "weight_decay_mask")
+_DECAYS = ("weight_decay", "weight_decay_rate")
 
 
 class Optimizer(NamedTuple):
@@ -123,6 +130,95 @@ _OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
+def optax_aliases() -> dict[str, Callable[..., Any]]:
+    """Returns the optimizers of Optax by name: its functions of a learning rate."""
+    return {
+        prefix + name: function
+        for prefix, module in (("", optax), ("contrib.", optax.contrib))
+        for name, function in vars(module).items()
+        if name.islower() and not name.startswith(("_", "scale_by_"))
+        if callable(function) and not isinstance(function, type)
+        if "learning_rate" in inspect.signature(function).parameters
+    }
+
+
+def _optax(
+    alias: Callable[..., Any],
+    schedule: optax.Schedule,
+    hyperparams: Mapping[str, Any],
+    max_rows: Mapping[str, int],
+):
+    del max_rows
+    parameters = inspect.signature(alias).parameters
+    masks = {name: decay_mask for name in _MASKS if name in parameters}
+    values = {name: _as_tuples(value) for name, value in hyperparams.items()}
+    return alias(learning_rate=schedule, **values, **masks)
+
+
+def _as_tuples(value: Any) -> Any:
+    """Optax takes tuples where JSON has lists."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def _optax_defaults(alias: Callable[..., Any]) -> dict[str, Any]:
+    """Returns what an optimizer of Optax has for `--optim_args`, as JSON has it.
+
+    Arguments without a default are :attr:`inspect.Parameter.empty`; functions and other
+    transformations are left out, to stay as they are.
+    """
+    defaults = {}
+    for name, parameter in inspect.signature(alias).parameters.items():
+        if name in ("learning_rate", *_MASKS):
+            continue
+        if parameter.default is parameter.empty:
+            defaults[name] = parameter.empty
+            continue
+        with contextlib.suppress(TypeError):
+            as_json = json.dumps(parameter.default, default=lambda x: jnp.dtype(x).name)
+            defaults[name] = json.loads(as_json)
+    return defaults
+
+
+def _resolve(args: Arguments) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Returns the factory that `--optim` names and the defaults of what it takes."""
+    if args.optim in _OPTIMIZERS:
+        factory, defaults = _OPTIMIZERS[args.optim]
+        return factory, {**defaults, "weight_decay": args.weight_decay}
+    aliases = optax_aliases()
+    name = args.optim.removeprefix("optax.")
+    if name not in aliases:
+        raise _unknown_optimizer(args.optim, aliases)
+    if name.startswith("contrib.schedule_free"):
+        raise UserError(
+            f"--optim {args.optim} evaluates other parameters than those it trains, "
+            "which is not supported: choose another optimizer."
+        )
+    defaults = _optax_defaults(aliases[name])
+    decays = [decay for decay in _DECAYS if decay in defaults]
+    if args.weight_decay > 0 and not decays:
+        raise UserError(
+            f"--weight_decay {args.weight_decay} has no effect on --optim {args.optim},"
+            " which has no weight decay: leave the flag out, or choose another "
+            "optimizer."
+        )
+    # Hugging Face's default, not Optax's, which differs between its optimizers.
+    defaults |= dict.fromkeys(decays, args.weight_decay)
+    return functools.partial(_optax, aliases[name]), defaults
+
+
+def _unknown_optimizer(name: str, aliases: Mapping[str, Any]) -> UserError:
+    def short(name):
+        return name.rpartition(".")[2].lower()
+
+    names = {short(known): known for known in (*aliases, *_OPTIMIZERS)}
+    close = [names[match] for match in difflib.get_close_matches(short(name), names)]
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return UserError(
+        f"--optim must be {', '.join(_OPTIMIZERS)} or the name of an Optax optimizer "
+        f"with a learning_rate, such as lion or contrib.muon, got {name!r}.{hint}"
+    )
+
+
 def make_optimizer(
     args: Arguments, num_steps: int, max_rows: Mapping[str, int]
 ) -> Optimizer:
@@ -138,26 +234,26 @@ def make_optimizer(
       UserError: for an unknown optimizer or hyper-parameter, malformed JSON, or a value
         out of range.
     """
-    if args.optim not in _OPTIMIZERS:
-        raise UserError(
-            f"--optim must be one of {', '.join(_OPTIMIZERS)}, got {args.optim!r}."
-        )
-    factory, defaults = _OPTIMIZERS[args.optim]
-    hyperparams = {
-        "lr": args.learning_rate,
-        **defaults,
-        "weight_decay": args.weight_decay,
-    }
+    factory, defaults = _resolve(args)
+    hyperparams = {"lr": args.learning_rate, **defaults}
     hyperparams |= _parse_optim_args(args, hyperparams)
+    missing = [k for k, v in hyperparams.items() if v is inspect.Parameter.empty]
+    if missing:
+        raise UserError(
+            f"--optim {args.optim} needs {', '.join(missing)} in --optim_args."
+        )
     lr = hyperparams["lr"]
-    if not 0 <= lr < float("inf"):
+    if lr is None or not 0 <= lr < math.inf:
         raise UserError(f"the learning rate must be finite and at least 0, got {lr}.")
-    schedule = linear_schedule(lr, num_steps, args.warmup_ratio)
+    num_warmup = args.warmup_steps or math.ceil(num_steps * args.warmup_ratio)
+    schedule = make_schedule(args.lr_scheduler_type, lr, num_steps, num_warmup)
     try:
         optimizer = factory(
             schedule, {k: v for k, v in hyperparams.items() if k != "lr"}, max_rows
         )
     except (TypeError, ValueError) as error:
+        if args.optim not in _OPTIMIZERS:
+            raise _cannot_train(args.optim, error) from None
         raise UserError(f"--optim_args of {args.optim}: {error}") from None
     clip = (
         optax.clip_by_global_norm(args.max_grad_norm)
@@ -185,23 +281,56 @@ def _parse_optim_args(args: Arguments, known: Mapping[str, Any]) -> dict[str, An
                 f"--optim_args has the unknown key {name!r}; {args.optim} knows "
                 f"{', '.join(known)}."
             )
-        if name == "window":
-            continue  # A name, checked where the names are.
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{name} in --optim_args must be a number, got {value!r}.")
+        if value is None and args.optim not in _OPTIMIZERS:
+            continue  # Turns off some of what Optax has on by default.
+        expected, fits = _expected(known[name])
+        if not fits(value):
+            raise UserError(
+                f"{name} in --optim_args must be {expected}, got {value!r}."
+            )
     return given
 
 
-def linear_schedule(
-    peak: float, num_steps: int, warmup_ratio: float = 0.0
+def _expected(default: Any) -> tuple[str, Callable[[Any], bool]]:
+    """Describes and recognises the values that can stand in for a default."""
+
+    def is_number(value):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def is_plain(value):
+        if isinstance(value, list):
+            return all(map(is_plain, value))
+        return not isinstance(value, dict)
+
+    if isinstance(default, bool):
+        return "true or false", lambda value: isinstance(value, bool)
+    if is_number(default):
+        return "a number", is_number
+    # Names, such as a window's, are checked where the names are.
+    return "a number, true, false, null, a string or a list of those", is_plain
+
+
+def make_schedule(
+    kind: Literal["linear", "cosine", "constant"],
+    peak: float,
+    num_steps: int,
+    num_warmup: int = 0,
 ) -> optax.Schedule:
-    """Linear rise over the warm-up, if there is one, then linear decay to zero."""
-    num_warmup = math.ceil(num_steps * warmup_ratio)
-    decay = optax.linear_schedule(peak, 0.0, max(1, num_steps - num_warmup))
+    """Linear rise over the warm-up, if there is one, then what `kind` says.
+
+    Linear and cosine schedules have come down to zero after `num_steps`, warm-up
+    included. A warm-up of more than that stops short of the peak.
+    """
+    num_decay = max(1, num_steps - num_warmup)
+    schedule = {
+        "linear": optax.linear_schedule(peak, 0.0, num_decay),
+        "cosine": optax.cosine_decay_schedule(peak, num_decay),
+        "constant": optax.constant_schedule(peak),
+    }[kind]
     if num_warmup == 0:
-        return decay
+        return schedule
     rise = optax.linear_schedule(0.0, peak, num_warmup)
-    return optax.join_schedules([rise, decay], [num_warmup])
+    return optax.join_schedules([rise, schedule], [num_warmup])
 
 
 def decay_mask(params: Any) -> Any:
@@ -216,6 +345,37 @@ def decay_mask(params: Any) -> Any:
 def nbytes(tree: Any) -> int:
     """Returns the bytes of all arrays of a tree, or of their shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_update(optimizer: Optimizer, params: Any) -> None:
+    """Refuses an optimizer that cannot take a train step, or be saved, without one.
+
+    Raises:
+      UserError: with the cause.
+    """
+
+    def update(params):
+        state = optimizer.transformation.init(params)
+        return optimizer.transformation.update(params, state, params)
+
+    try:
+        updates, state = jax.eval_shape(update, params)
+        if not all(leaf.size for leaf in jax.tree.leaves(state)):
+            raise ValueError("checkpoints cannot hold the empty arrays of its state")
+        if [u.shape for u in jax.tree.leaves(updates)] != [
+            p.shape for p in jax.tree.leaves(params)
+        ]:
+            raise ValueError("its updates have other shapes than the parameters")
+    except Exception as error:  # Whatever any version of Optax may raise.
+        raise _cannot_train(optimizer.name, error) from None
+
+
+def _cannot_train(name: str, cause: Exception) -> UserError:
+    return UserError(
+        f"--optim {name} cannot be used here: it needs more than gradients, it takes "
+        "no schedule as its learning rate, it cannot be saved, or it does not take "
+        f"these --optim_args ({type(cause).__name__}: {cause})."
+    )
 
 
 def check_memory(optimizer: Optimizer, params: Any) -> None:

@@ -55,17 +55,41 @@ def test_hyperparameters_come_from_optim_args_flags_and_defaults():
     }
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 1.0])
-def test_schedule_is_that_of_hugging_face(ratio):
-    """`get_linear_schedule_with_warmup`: ceil(steps × ratio) steps of warm-up."""
-    num_steps, num_warmup = 30, int(np.ceil(30 * ratio))
-    schedule = optimizers.linear_schedule(2.0, num_steps, ratio)
+@pytest.mark.parametrize("num_warmup", [0, 1, 8, 29, 30, 45])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_schedule_is_that_of_hugging_face(kind, num_warmup):
+    """`get_{kind}_schedule_with_warmup`, for as long as training lasts."""
+    num_steps = 30
+    schedule = optimizers.make_schedule(kind, 2.0, num_steps, num_warmup)
     for step in range(num_steps):
         if step < num_warmup:
-            expected = 2.0 * step / num_warmup
+            expected = step / num_warmup
         else:
-            expected = 2.0 * (num_steps - step) / (num_steps - num_warmup)
-        assert schedule(step) == pytest.approx(expected, rel=1e-6)
+            progress = (step - num_warmup) / (num_steps - num_warmup)
+            expected = {
+                "linear": 1 - progress,
+                "cosine": (1 + np.cos(np.pi * progress)) / 2,
+                "constant": 1.0,
+            }[kind]
+        assert schedule(step) == pytest.approx(2.0 * expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_warmup"),
+    [
+        ("", 0),
+        ("--warmup_ratio 0.05", 2),
+        ("--warmup_ratio 1", 30),
+        ("--warmup_steps 7", 7),
+        ("--warmup_steps 7 --warmup_ratio 0.5", 7),
+        ("--warmup_steps 100", 100),
+    ],
+)
+def test_schedule_comes_from_the_flags(flags, num_warmup):
+    args = args_of("adamw", None, "--lr_scheduler_type", "cosine", *flags.split())
+    schedule = make_optimizer(args, 30).schedule
+    expected = optimizers.make_schedule("cosine", 5e-5, 30, num_warmup)
+    assert [schedule(step) for step in range(30)] == [expected(s) for s in range(30)]
 
 
 @pytest.mark.parametrize("optim", ["MFAC", "adamw"])
@@ -93,7 +117,9 @@ def test_gradients_are_clipped_before_the_optimizer(optim):
     assert_close(first_update(small), first_update(small, "--max_grad_norm", "0"))
 
 
-@pytest.mark.parametrize("optim", ["MFAC", "adamw"])
+@pytest.mark.parametrize(
+    "optim", ["MFAC", "adamw", "optax.adamw", "lion", "lamb", "lars", "contrib.muon"]
+)
 def test_decay_spares_biases_and_norms(optim):
     mask = optimizers.decay_mask(PARAMS)
     assert mask == {
@@ -116,7 +142,48 @@ def test_decay_spares_biases_and_norms(optim):
 @pytest.mark.parametrize(
     ("optim", "optim_args", "message"),
     [
-        ("sgd", None, "--optim must be one of MFAC, adamw, got 'sgd'"),
+        (
+            "nonsense",
+            None,
+            r"--optim must be MFAC, adamw or the name of an Optax optimizer .* got "
+            r"'nonsense'\.$",
+        ),
+        ("muon", None, r"got 'muon'\. Did you mean contrib\.muon\?"),
+        ("mfac", None, r"Did you mean MFAC\?"),
+        ("optax.MFAC", None, r"Did you mean MFAC\?"),
+        ("contrib.adamw", None, "Did you mean adamw"),
+        ("adamw_torch", None, "Did you mean adamw"),
+        ("scale_by_rprop", None, "got 'scale_by_rprop'"),
+        ("polyak_sgd", None, "an Optax optimizer with a learning_rate, such as"),
+        (
+            "lion",
+            '{"learning_rate": 1}',
+            "unknown key 'learning_rate'; lion knows lr, b1, b2, mu_dtype, weight_dec",
+        ),
+        ("lion", '{"mask": null}', "unknown key 'mask'"),
+        ("lars", '{"weight_decay_mask": true}', "unknown key 'weight_decay_mask'"),
+        ("contrib.sophia", '{"hessian_diagonal_fn": 1}', "unknown key 'hessian_dia"),
+        ("lion", '{"lr": null}', "learning rate .* got None"),
+        ("lion", '{"b1": "0.9"}', "b1 in --optim_args must be a number, got '0.9'"),
+        ("lion", '{"b1": true}', "b1 in --optim_args must be a number, got True"),
+        ("MFAC", '{"damp": null}', "damp in --optim_args must be a number, got None"),
+        ("sgd", '{"nesterov": 1}', "nesterov .* must be true or false, got 1"),
+        ("sgd", '{"momentum": {"a": 1}}', r"momentum .* got \{'a': 1\}"),
+        ("contrib.prodigy", '{"betas": [{}]}', r"betas .* a list of .* got \[\{\}\]"),
+        (
+            "contrib.muon",
+            '{"ns_coeffs": "x"}',
+            "does not take these .*preset string: x",
+        ),
+        (
+            "contrib.dpsgd",
+            '{"seed": 0}',
+            r"dpsgd needs l2_norm_clip, noise_multiplier in --optim_args\.",
+        ),
+        ("contrib.schedule_free", None, "evaluates other parameters than"),
+        ("optax.contrib.schedule_free_sgd", None, "evaluates other parameters than"),
+        ("lion", '{"mu_dtype": "bf16"}', "does not take these --optim_args .*'bf16'"),
+        ("sm3", None, "takes no schedule as its learning rate"),
         ("MFAC", '{"lr": 1e-4', "--optim_args is not valid JSON"),
         ("MFAC", "lr=1e-4", "--optim_args is not valid JSON"),
         ("MFAC", "[1]", "must be a JSON object"),
@@ -153,6 +220,150 @@ def test_decay_spares_biases_and_norms(optim):
 def test_a_bad_hyperparameter_is_named(optim, optim_args, message):
     with pytest.raises(UserError, match=message):
         make_optimizer(args_of(optim, optim_args), 10)
+
+
+def test_weight_decay_is_refused_by_an_optimizer_without():
+    with pytest.raises(UserError, match=r"--weight_decay 0\.1 .*--optim sgd.*has no w"):
+        make_optimizer(args_of("sgd", None, "--weight_decay", "0.1"))
+    make_optimizer(args_of("sgd", None, "--weight_decay", "0"))
+
+
+# Name, --optim_args, and the same of Optax itself.
+MASK = {"mask": optimizers.decay_mask}
+DECAY_MASK = {"weight_decay_mask": optimizers.decay_mask}
+ALIASES = [
+    ("sgd", {"momentum": 0.9, "nesterov": True}, optax.sgd, {}),
+    ("optax.lion", {"b1": 0.8}, optax.lion, {"weight_decay": 0.0, **MASK}),
+    ("lion", {"weight_decay": 0.3}, optax.lion, MASK),
+    ("optax.adamw", {"mu_dtype": "bfloat16"}, optax.adamw, {"weight_decay": 0, **MASK}),
+    ("nadamw", {"weight_decay": 0.1}, optax.nadamw, MASK),
+    ("adafactor", {"clipping_threshold": None, "momentum": 0.9}, optax.adafactor, {}),
+    ("adafactor", {"weight_decay_rate": 0.1}, optax.adafactor, DECAY_MASK),
+    ("lars", {"weight_decay": 0.1}, optax.lars, DECAY_MASK),
+    ("novograd", {"weight_decay": 0.1}, optax.novograd, {}),
+    ("contrib.prodigy", {"betas": [0.8, 0.9]}, optax.contrib.prodigy, {}),
+    ("contrib.dog", {"init_step": ["distance", 0.1]}, optax.contrib.dog, {}),
+    ("contrib.muon", {"weight_decay": 0.1}, optax.contrib.muon, DECAY_MASK),
+    (
+        "optax.contrib.muon",
+        {"ns_coeffs": [3.4, -4.7, 2.0], "preconditioning": "aol"},
+        optax.contrib.muon,
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "optim_args", "alias", "ours"), ALIASES)
+def test_optax_optimizers_do_what_optax_does(name, optim_args, alias, ours):
+    flags = "--max_grad_norm 0.5 --warmup_steps 2 --lr_scheduler_type cosine".split()
+    args = args_of(name, json.dumps({"lr": 0.1, **optim_args}), *flags)
+    optimizer = make_optimizer(args, 10)
+    assert optimizer.name == name
+    optimizers.check_update(optimizer, PARAMS)
+    expected = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        alias(
+            optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 10),
+            **{
+                k: tuple(v) if isinstance(v, list) else v for k, v in optim_args.items()
+            },
+            **ours,
+        ),
+    )
+
+    def run(transformation):
+        @jax.jit
+        def step(params, state):
+            gradients = jax.tree.map(jnp.sin, params)
+            updates, state = transformation.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, state = PARAMS, transformation.init(PARAMS)
+        for _ in range(3):
+            params, state = step(params, state)
+        return params
+
+    trained, reference = run(optimizer.transformation), run(expected)
+    assert not np.allclose(trained["dense"]["kernel"], PARAMS["dense"]["kernel"])
+    for x, y in zip(*map(jax.tree.leaves, (trained, reference)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_hyperparameters_of_an_optax_optimizer():
+    args = args_of("contrib.prodigy", '{"lr": 1, "betas": [0.8, 0.9]}')
+    assert make_optimizer(args).hyperparams == {
+        "lr": 1,
+        "betas": [0.8, 0.9],
+        "beta3": None,
+        "eps": 1e-8,
+        "estim_lr0": 1e-6,
+        "estim_lr_coef": 1.0,
+        "weight_decay": 0.0,
+        "safeguard_warmup": False,
+    }
+    args = args_of("adafactor", None, "--weight_decay", "0.1", "--learning_rate", "1")
+    hyperparams = make_optimizer(args).hyperparams
+    assert hyperparams["weight_decay_rate"] == 0.1
+    assert hyperparams["dtype_momentum"] == "float32"
+    assert hyperparams["lr"] == 1
+    assert make_optimizer(args_of("lion")).hyperparams["weight_decay"] == 0.0
+
+
+UNFIT = set(
+    "lbfgs optimistic_adam rprop sm3 contrib.dpsgd contrib.galore contrib.momo "
+    "contrib.momo_adam contrib.schedule_free contrib.schedule_free_adamw "
+    "contrib.schedule_free_sgd contrib.sophia".split()
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # noisy_sgd and optimistic_adam have some.
+@pytest.mark.parametrize("name", optimizers.optax_aliases())
+def test_every_optimizer_of_optax_trains_or_is_refused(name):
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    try:
+        optimizer = make_optimizer(args_of(f"optax.{name}"))
+        optimizers.check_update(optimizer, shapes)
+    except UserError:
+        assert name in UNFIT
+        return
+    assert name not in UNFIT
+    assert json.loads(json.dumps(optimizer.hyperparams)) == optimizer.hyperparams
+    init, update = optimizer.transformation
+    state = jax.eval_shape(init, shapes)
+    updates, new_state = jax.eval_shape(update, shapes, state, shapes)
+    # One compilation is enough, and nothing is broadcast.
+    assert new_state == state
+    assert updates == shapes
+    optimizers.check_memory(optimizer, shapes)
+
+
+@pytest.mark.filterwarnings("ignore:.seed. is deprecated")  # dpsgd uses it itself.
+@pytest.mark.parametrize(
+    ("name", "optim_args", "cause"),
+    [
+        ("contrib.sophia", None, "obj_fn must be provided"),
+        ("contrib.momo", None, "missing 1 required keyword-only argument: 'value'"),
+        ("lbfgs", None, "value_fn"),
+        ("rprop", None, "got <class 'function'>"),
+        ("lion", '{"b1": null}', "NoneType"),
+        (
+            "contrib.dpsgd",
+            '{"l2_norm_clip": 1, "noise_multiplier": 1, "seed": 0}',
+            "its updates have other shapes than the parameters",
+        ),
+    ],
+)
+def test_an_optimizer_that_cannot_take_a_step_is_refused(name, optim_args, cause):
+    optimizer = make_optimizer(args_of(name, optim_args))
+    message = f"--optim {name} cannot be used here: it needs more than gradients.*"
+    # Shapes for which DP-SGD takes the first axis for examples.
+    with pytest.raises(UserError, match=message + cause):
+        optimizers.check_update(optimizer, {"kernel": jnp.ones((3, 3))})
+
+
+@pytest.mark.parametrize("name", ["MFAC", "adamw"])
+def test_ours_take_a_step(name):
+    optimizers.check_update(make_optimizer(args_of(name)), EMBEDDINGS)
 
 
 EMBEDDINGS = {
