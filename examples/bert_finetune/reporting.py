@@ -1,15 +1,21 @@
 """What a run leaves in its output directory beside the model."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bert_finetune.errors import UserError
+
 # Points of a curve; longer runs are averaged in as many pieces.
 _MAX_POINTS = 200
+# Seconds that a running TensorBoard is behind at most, and that a killed run loses.
+_TENSORBOARD_SECONDS = 10
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -25,43 +31,177 @@ def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json.dumps(content) + "\n")
 
 
-def smooth(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Averages values of steps 1, 2, … in pieces; returns last steps and means."""
-    pieces = np.array_split(np.asarray(values), min(len(values), _MAX_POINTS))
-    return np.cumsum([len(p) for p in pieces]), np.array([p.mean() for p in pieces])
+def write_json_lines(path: Path, contents: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a `.jsonl` file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(content) + "\n" for content in contents))
+    os.replace(partial, path)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a `.jsonl` file, without a last line that a killed run left torn.
+
+    Raises:
+      UserError: if a line before the last is not an object in JSON.
+    """
+    lines = path.read_bytes().splitlines()
+    contents = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            content = None
+        if isinstance(content, dict):
+            contents.append(content)
+        elif number < len(lines):
+            raise UserError(f"line {number} of {path} is not an object in JSON.")
+    return contents
+
+
+def require_tensorboard() -> None:
+    """Checks that TensorBoard's files can be written, before anything else is done.
+
+    Raises:
+      UserError: if the library is not installed.
+    """
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "--report_to tensorboard needs tensorboardX: pip install tensorboardX"
+        ) from None
+
+
+@contextlib.contextmanager
+def tensorboard(
+    directory: Path, last_step: int = 0
+) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Opens a directory for TensorBoard; yields what writes a line of `metrics.jsonl`.
+
+    Names that start with ``eval_`` become scalars under ``eval/``, all others under
+    ``train/``.
+
+    Args:
+      directory: made if it is not there.
+      last_step: what the directory holds of later steps is hidden: the step a resumed
+        run starts from, or 0 for a run that starts anew.
+
+    Raises:
+      UserError: if the library is not installed.
+    """
+    require_tensorboard()
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(
+        str(directory),
+        purge_step=last_step + 1,
+        flush_secs=_TENSORBOARD_SECONDS,
+        # The library's own names repeat within a second, and it overwrites.
+        filename_suffix=f".{time.time_ns()}",
+    )
+
+    def write(line: Mapping[str, float]) -> None:
+        for name, value in line.items():
+            if name != "step":
+                kind = "eval" if name.startswith("eval_") else "train"
+                tag = f"{kind}/{name.removeprefix('eval_')}"
+                writer.add_scalar(tag, value, int(line["step"]))
+
+    with writer:
+        yield write
+
+
+def smooth(
+    steps: Sequence[float], values: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Averages values in pieces; returns the last step and the mean of each."""
+    num_pieces = max(1, min(len(steps), _MAX_POINTS))
+    pieces = np.array_split(np.asarray(values, float), num_pieces)
+    last = np.cumsum([len(piece) for piece in pieces]) - 1
+    return np.asarray(steps)[last], np.array([piece.mean() for piece in pieces])
 
 
 def plot_curves(
     path: Path,
     title: str,
-    runs: Mapping[str, Mapping[str, Sequence[float]]],
-    results: Mapping[str, Mapping[str, float]],
+    runs: Mapping[str, Sequence[Mapping[str, float]]],
+    metrics: Sequence[str],
 ) -> None:
-    """Draws loss and accuracy against the step.
+    """Draws loss and metrics against the step, in training and in evaluation.
 
     Args:
       path: of the PNG.
       title: of the figure.
-      runs: per run its metrics, ``loss`` and ``accuracy`` of every step.
-      results: per run its evaluation, whose ``eval_loss`` and ``eval_accuracy`` become
-        points at the last step; may be empty.
+      runs: per run the lines of its `metrics.jsonl`.
+      metrics: the names, without ``eval_``, that get a panel beside the loss.
     """
+    with _panels(path, title, ["loss", *metrics]) as panels:
+        for name, axes in panels.items():
+            for color, (run, lines) in enumerate(runs.items()):
+                style = {"color": f"C{color}"}
+                if points := _points(lines, name):
+                    curve = smooth([*points], [*points.values()])
+                    axes.plot(*curve, label=f"{run}, training", **style)
+                if points := _points(lines, f"eval_{name}"):
+                    steps, values = [*points], [*points.values()]
+                    label = f"{run}, validation: {values[-1]:.3f}"
+                    axes.plot(steps, values, "o-", lw=0.8, ms=4, label=label, **style)
+
+
+def plot_bands(
+    path: Path,
+    title: str,
+    groups: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    metrics: Sequence[str],
+) -> None:
+    """Draws the mean over seeds ± one standard deviation of what evaluations found.
+
+    Args:
+      path: of the PNG.
+      title: of the figure.
+      groups: per optimizer, and per seed, the lines of a `metrics.jsonl`. Seeds without
+        evaluations are left out; those of the others count at the steps they share.
+      metrics: the names, without ``eval_``, that get a panel.
+    """
+    with _panels(path, title, metrics) as panels:
+        for name, axes in panels.items():
+            for color, (group, runs) in enumerate(groups.items()):
+                seeds = [p for p in (_points(r, f"eval_{name}") for r in runs) if p]
+                steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+                if not steps:
+                    continue
+                values = np.array([[seed[s] for s in steps] for seed in seeds], float)
+                means = values.mean(axis=0)
+                label, style = f"{group}: {means[-1]:.3f}", {"color": f"C{color}"}
+                if len(seeds) > 1:
+                    with np.errstate(invalid="ignore"):  # A seed may have diverged.
+                        deviations = values.std(axis=0, ddof=1)
+                    label += f" ± {deviations[-1]:.3f}, {len(seeds)} seeds"
+                    band = (means - deviations, means + deviations)
+                    axes.fill_between(steps, *band, alpha=0.2, lw=0, **style)
+                axes.plot(steps, means, "o-", ms=4, label=label, **style)
+
+
+def _points(lines: Sequence[Mapping[str, float]], name: str) -> dict[float, float]:
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+@contextlib.contextmanager
+def _panels(path: Path, title: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields axes by name to draw into; writes the PNG afterwards."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for color, (run, metrics) in enumerate(runs.items()):
-            steps, means = smooth(metrics[name])
-            style = {"color": f"C{color}"}
-            axes.plot(steps, means, label=f"{run}, training", **style)
-            if f"eval_{name}" in results.get(run, {}):
-                value = results[run][f"eval_{name}"]
-                label = f"{run}, validation: {value:.3f}"
-                axes.plot(len(metrics[name]), value, "o", label=label, **style)
-        axes.set(xlabel="step", ylabel=name)
+    panels = dict(
+        zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)
+    )
+    yield panels
+    for name, axes in panels.items():
+        axes.set(xlabel="step", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     figure.savefig(path, dpi=150)

@@ -1,8 +1,12 @@
 import json
+import math
+import struct
+import sys
 
 import numpy as np
 import pytest
 from bert_finetune import metrics, reporting
+from bert_finetune.errors import UserError
 
 
 def test_json_is_there_whole(tmp_path):
@@ -20,24 +24,219 @@ def test_json_lines_are_appended(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"step": 3, "lo', b'{"step": "\xff', b"\0\0"])
+def test_json_lines_are_read_without_a_torn_last_one(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": math.inf}]
+    for line in lines:
+        reporting.append_json_line(path, line)
+    path.write_bytes(path.read_bytes() + torn)
+    assert reporting.read_json_lines(path) == lines
+
+
+def test_torn_line_in_the_middle_is_a_mistake(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2{"step": 2}\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2 of"):
+        reporting.read_json_lines(path)
+
+
+def read_events(path):
+    """Reads the events of a file: length, its checksum, event, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    content, events = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[12 + length + 4 :]
+    return events
+
+
+def read_scalars(path):
+    return {
+        (event.step, value.tag): value.simple_value
+        for event in read_events(path)
+        for value in event.summary.value
+    }
+
+
+def test_tensorboard_gets_scalars(tmp_path):
+    with reporting.tensorboard(tmp_path / "runs") as write:
+        write({"step": 5, "epoch": 0.5, "loss": 0.75, "learning_rate": 0.25})
+        write({"step": 5, "epoch": 0.5, "eval_loss": 0.5, "eval_f1": 0.25})
+        write({"step": 10, "loss": math.inf})
+    (path,) = (tmp_path / "runs").iterdir()
+    assert read_scalars(path) == {
+        (5, "train/epoch"): 0.5,
+        (5, "train/loss"): 0.75,
+        (5, "train/learning_rate"): 0.25,
+        (5, "eval/loss"): 0.5,
+        (5, "eval/f1"): 0.25,
+        (10, "train/loss"): math.inf,
+    }
+
+
+def test_tensorboard_hides_the_steps_a_resumed_run_takes_again(tmp_path):
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    # At once, where the library by itself would write over the first file.
+    for last_step in (0, 3):
+        with reporting.tensorboard(tmp_path, last_step) as write:
+            for step in (last_step + 1, last_step + 2):
+                write({"step": step, "loss": float(step)})
+    starts, steps = [], []
+    for path in sorted(tmp_path.iterdir()):
+        starts += [
+            event.step
+            for event in read_events(path)
+            if event.session_log.status == SessionLog.START
+        ]
+        steps.append([step for step, _ in read_scalars(path)])
+    assert starts == [1, 4]
+    assert steps == [[1, 2], [4, 5]]
+
+
+def test_tensorboard_is_closed_by_an_error(tmp_path):
+    def fail():
+        with reporting.tensorboard(tmp_path) as write:
+            write({"step": 1, "loss": 0.5})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    (path,) = tmp_path.iterdir()
+    assert read_scalars(path) == {(1, "train/loss"): 0.5}
+
+
+def test_tensorboard_without_the_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match="pip install tensorboardX"):
+        reporting.require_tensorboard()
+    with (
+        pytest.raises(UserError, match="pip install tensorboardX"),
+        reporting.tensorboard(tmp_path / "runs"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("length", [1, 7, 200, 1234])
 def test_smoothing_averages_every_value_once(length):
     values = np.random.default_rng(0).random(length)
-    steps, means = reporting.smooth(values)
+    steps, means = reporting.smooth(range(5, 5 * length + 5, 5), values)
     assert len(steps) == len(means) == min(length, 200)
-    assert steps[-1] == length
-    sizes = np.diff(steps, prepend=0)
+    assert steps[-1] == 5 * length
+    sizes = np.diff(steps // 5, prepend=0)
     assert np.sum(means * sizes) == pytest.approx(values.sum())
 
 
-def test_curves_are_a_png(tmp_path):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Collects the figures that are saved."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def savefig(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def curves(axes):
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+
+
+def test_curves_are_drawn_by_panel_and_run(tmp_path, drawn):
     runs = {
-        "MFAC": {"loss": [0.7, 0.6], "accuracy": [0.5, 0.6]},
-        "adamw": {"loss": [0.7], "accuracy": [0.4]},
+        "MFAC": [
+            {"step": 5, "loss": 0.7, "accuracy": 0.5},
+            {"step": 5, "eval_loss": 0.75, "eval_accuracy": 0.25, "eval_f1": 0.125},
+            {"step": 10, "loss": 0.6, "accuracy": 0.6},
+            {"step": 10, "eval_loss": 0.65, "eval_accuracy": 0.75, "eval_f1": 0.875},
+        ],
+        "adamw": [{"step": 20, "loss": 0.9, "accuracy": 0.3}],
     }
-    results = {"MFAC": {"eval_loss": 0.65, "eval_accuracy": 0.55}}
-    reporting.plot_curves(tmp_path / "curves.png", "two runs", runs, results)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    path = tmp_path / "curves.png"
+    reporting.plot_curves(path, "two runs", runs, ["accuracy", "f1"])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    loss, accuracy, f1 = drawn[0].axes
+    assert curves(loss) == {
+        "MFAC, training": [[5, 0.7], [10, 0.6]],
+        "MFAC, validation: 0.650": [[5, 0.75], [10, 0.65]],
+        "adamw, training": [[20, 0.9]],
+    }
+    assert curves(accuracy)["MFAC, validation: 0.750"] == [[5, 0.25], [10, 0.75]]
+    assert curves(f1) == {"MFAC, validation: 0.875": [[5, 0.125], [10, 0.875]]}
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss", "accuracy", "f1"]
+    colors = [line.get_color() for line in loss.lines]
+    assert colors == ["C0", "C0", "C1"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"step": 1, "loss": math.nan}, {"step": 1, "eval_accuracy": math.nan}],
+        [{"step": 1, "loss": math.inf}, {"step": 2, "loss": 1.0}],
+        [{"step": step, "loss": 1.0} for step in range(1, 502)],
+    ],
+)
+@pytest.mark.parametrize("metrics", [[], ["accuracy", "f1"]])
+def test_curves_of_odd_runs_are_drawn(tmp_path, lines, metrics):
+    path = tmp_path / "curves.png"
+    reporting.plot_curves(path, "odd", {"run": lines, "empty": []}, metrics)
+    assert path.exists()
+
+
+def evaluations(values):
+    return [{"step": 0, "loss": 1.0}] + [
+        {"step": step, "eval_f1": value} for step, value in values.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "label", "means", "band"),
+    [
+        ([{5: 0.5, 10: 0.75}], "MFAC: 0.750", [[5, 0.5], [10, 0.75]], None),
+        (
+            [{5: 0.25, 10: 0.5}, {5: 0.75, 10: 0.5}],
+            "MFAC: 0.500 ± 0.000, 2 seeds",
+            [[5, 0.5], [10, 0.5]],
+            # The sample standard deviation: √(0.25² + 0.25²).
+            (0.5 - 0.125**0.5, 0.5 + 0.125**0.5),
+        ),
+        (
+            [{5: 0.0, 10: 0.5, 15: 1.0}, {10: 0.5}, {}],
+            "MFAC: 0.500 ± 0.000, 2 seeds",
+            [[10, 0.5]],
+            (0.5, 0.5),
+        ),
+        ([{5: 0.5}, {10: 0.5}], None, None, None),
+        ([{}], None, None, None),
+        ([], None, None, None),
+    ],
+)
+def test_bands_are_over_the_seeds(tmp_path, drawn, seeds, label, means, band):
+    path = tmp_path / "bands.png"
+    groups = {"MFAC": [evaluations(values) for values in seeds]}
+    reporting.plot_bands(path, "seeds", groups, ["f1", "accuracy"])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    f1, accuracy = drawn[0].axes
+    assert curves(accuracy) == {}
+    assert curves(f1) == ({} if label is None else {label: means})
+    assert len(f1.collections) == (band is not None)
+    if band is not None:
+        heights = f1.collections[0].get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx(band)
+
+
+def test_bands_of_a_diverged_seed_are_drawn(tmp_path):
+    runs = [evaluations({1: value}) for value in (math.inf, math.nan, 1.0)]
+    reporting.plot_bands(tmp_path / "bands.png", "seeds", {"lion": runs}, ["f1"])
 
 
 def test_metrics_of_glue():
