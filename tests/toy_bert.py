@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from bert_finetune import modeling, pretrained
+from bert_finetune import modeling, pretrained, tasks
 from safetensors.numpy import save_file
 from transformers import BertConfig
 
@@ -118,22 +118,34 @@ def write_parquet(path, columns):
     pyarrow.parquet.write_table(pa.table(columns), path)
 
 
-def write_task(directory, task, num_train=320, num_eval=37):
-    """Writes both splits of a task: texts with "good" in them have label 1."""
-    rng = np.random.default_rng(0)
-    names = {
-        "sst2": ["sentence"],
-        "mrpc": ["sentence1", "sentence2"],
-        "qqp": ["question1", "question2"],
-    }[task]
-    for split, size in {"train": num_train, "validation": num_eval}.items():
-        labels = rng.integers(0, 2, size)
+def write_task(directory, name, num_train=320, num_eval=37):
+    """Writes every split of a task; words of each text give its label away.
+
+    Classes 0, 1, 2 have "bad", "good", "blue"; in a regression the label is the number
+    of "good" in the last text.
+    """
+    task, rng = tasks.TASKS[name], np.random.default_rng(0)
+    giveaways = ["bad", "good", "blue"]
+    others = [word for word in WORDS if word not in giveaways]
+    sizes = {"train": num_train}
+    sizes |= dict.fromkeys([*task.eval_splits, *task.test_splits], num_eval)
+    for split, size in sizes.items():
+        labels = rng.integers(
+            0, 5 if task.is_regression else len(task.label_names), size
+        )
         columns = {}
-        for name in names:
-            texts = [list(rng.choice(WORDS[2:], rng.integers(3, 9))) for _ in labels]
+        for column in task.text_columns:
+            texts = [list(rng.choice(others, rng.integers(5, 9))) for _ in labels]
             for text, label in zip(texts, labels, strict=True):
-                text[rng.integers(len(text))] = "good" if label else "bad"
-            columns[name] = [" ".join(text) for text in texts]
+                if task.is_regression:
+                    text[:label] = ["good"] * label
+                else:
+                    text[::2] = [giveaways[label]] * len(text[::2])
+            columns[column] = [" ".join(text) for text in texts]
+        if task.is_regression:
+            labels = labels.astype(np.float32)
+        elif split.startswith("test"):
+            labels = np.full(size, -1)  # As on the hub: not public.
         columns |= {"label": labels.tolist(), "idx": list(range(size))}
-        write_parquet(Path(directory, task, f"{split}-00000-of-00001.parquet"), columns)
+        write_parquet(Path(directory, name, f"{split}-00000-of-00001.parquet"), columns)
     return Path(directory)

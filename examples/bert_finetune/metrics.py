@@ -1,16 +1,30 @@
 """The metrics of the GLUE tasks."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 _NO_POSITIVES: Any = 0  # Annotated as a string in scikit-learn.
+
+
+def _correlation(function: Any, labels: np.ndarray, predictions: np.ndarray) -> float:
+    # Undefined where one side is constant, which SciPy warns of.
+    if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+        return math.nan
+    return function(labels, predictions).statistic
+
+
 _METRICS = {
     "accuracy": accuracy_score,
     "f1": functools.partial(f1_score, zero_division=_NO_POSITIVES),
+    "matthews_correlation": matthews_corrcoef,
+    "pearson": functools.partial(_correlation, stats.pearsonr),
+    "spearmanr": functools.partial(_correlation, stats.spearmanr),
 }
 
 
@@ -20,9 +34,10 @@ def glue_metrics(
     """Returns the metrics by name; of more than one, also their mean.
 
     Args:
-      names: out of ``accuracy`` and ``f1`` (of the label 1).
-      labels: integers, shape ``(examples,)``.
-      predictions: integers, shape ``(examples,)``.
+      names: out of ``accuracy``, ``f1`` (of the label 1), ``matthews_correlation``,
+        ``pearson`` and ``spearmanr``.
+      labels: shape ``(examples,)``, integers, or numbers for the last two.
+      predictions: likewise.
     """
     values = {name: float(_METRICS[name](labels, predictions)) for name in names}
     if len(names) > 1:

@@ -1,0 +1,182 @@
+"""The table of tasks, and the loading of splits: from a directory and from files."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import toy_bert
+from bert_finetune import splits, tasks
+from bert_finetune.arguments import parse_arguments
+from bert_finetune.errors import UserError
+from transformers import BertConfig
+
+TEXTS = {"sentence1": ["good film", "bad", "no"], "sentence2": ["a", "null", "NA"]}
+
+
+def args_of(*flags):
+    return parse_arguments(["--model_name_or_path=m", "--output_dir=o", *flags])
+
+
+def write(path, columns):
+    """Writes columns in the format of the file's extension."""
+    rows = [
+        dict(zip(columns, row, strict=True))
+        for row in zip(*columns.values(), strict=True)
+    ]
+    if path.suffix == ".parquet":
+        toy_bert.write_parquet(path, columns)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(columns), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_every_task_is_consistent(name):
+    task = tasks.TASKS[name]
+    assert len(task.text_columns) in (1, 2)
+    assert len(set(task.label_names)) == len(task.label_names)
+    assert task.is_regression == (name == "stsb")
+    assert len(task.test_splits) == len(task.eval_splits)
+    assert all(file.endswith(".tsv") for file in task.test_splits.values())
+
+
+@pytest.mark.parametrize("extension", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        (["yes", "no", "yes"], ["no", "yes"], [1, 0, 1]),
+        ([7, 3, 7], ["3", "7"], [1, 0, 1]),
+        ([0.5, 1.5, -2.0], ["score"], [0.5, 1.5, -2.0]),
+    ],
+)
+def test_files_of_ones_own(tmp_path, extension, labels, names, expected):
+    path = write(tmp_path / f"train{extension}", {**TEXTS, "label": labels})
+    args = args_of("--do_train", "--train_file", path)
+    task = splits.find_task(args, BertConfig())
+    assert list(task.text_columns) == ["sentence1", "sentence2"]
+    assert list(task.label_names) == names
+    split = splits.load_split(args, task, "train", None)
+    assert split.labels.tolist() == expected
+    assert split.dataset["sentence2"][:] == TEXTS["sentence2"]
+
+
+def test_the_labels_of_files_without_training_are_the_models(tmp_path):
+    columns = {"review": ["good", "bad"], "label": ["yes", "no"]}
+    path = write(tmp_path / "validation.csv", columns)
+    args = args_of("--do_eval", "--validation_file", path)
+    config = BertConfig(id2label={0: "yes", 1: "no", 2: "maybe"})
+    task = splits.find_task(args, config)
+    assert list(task.text_columns) == ["review"]
+    assert task.label_names == ["yes", "no", "maybe"]
+    assert splits.load_split(args, task, "validation", None).labels.tolist() == [0, 1]
+
+
+def test_a_file_can_stand_for_a_split_of_a_task(tmp_path):
+    columns = {"question": ["a", "b"], "sentence": ["c", "d"]}
+    names = {**columns, "label": ["not_entailment", "entailment"]}
+    path = write(tmp_path / "train.tsv", names)
+    args = args_of("--task_name=qnli", "--do_train", "--train_file", path)
+    task = splits.find_task(args, BertConfig())
+    assert splits.load_split(args, task, "train", None).labels.tolist() == [1, 0]
+
+
+def test_quotes_in_a_tsv_are_characters(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text('sentence\tlabel\n"good\t1\nit is 12" long\t0\n')
+    args = args_of("--task_name=sst2", "--do_train", "--train_file", str(path))
+    split = splits.load_split(args, tasks.TASKS["sst2"], "train", None)
+    assert split.dataset["sentence"][:] == ['"good', 'it is 12" long']
+
+
+def test_a_test_split_needs_no_labels(tmp_path):
+    path = write(tmp_path / "test.csv", {"sentence": ["good", "bad"]})
+    args = args_of("--task_name=sst2", "--do_predict", "--test_file", path)
+    split = splits.load_split(args, tasks.TASKS["sst2"], "test", None)
+    assert split.labels.shape == (2,)
+
+
+def load(tmp_path, task, columns, kind="train"):
+    path = write(tmp_path / "data.parquet", columns)
+    action = {"train": "do_train", "validation": "do_eval"}[kind]
+    args = args_of(f"--task_name={task}", f"--{action}", f"--{kind}_file", path)
+    return splits.load_split(args, tasks.TASKS[task], kind, None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"sentence": None, "text": ["a", "b", "c"]}, "no column 'sentence'.*text"),
+        ({"label": None}, "no column 'label'; it has sentence"),
+        (
+            {"label": [0, 1, 2]},
+            r"integers from 0 to 1 or negative, positive, got \[2\]",
+        ),
+        ({"label": [-1, -1, -1]}, r"got \[-1\] \(-1 stands for .* not public\)"),
+        ({"label": [0.0, 0.5, 1.0]}, r"integers from 0 to 1 .*got \[0.5\]"),
+        ({"label": ["no", "yes", "no"]}, r"integers from 0 to 1 .*got \['no', 'yes'\]"),
+        ({"label": [0, None, 1]}, r"integers from 0 to 1 .*got \[None\]"),
+        ({"label": [[0], [1], [0]]}, r"integers from 0 to 1 .*got \[\[0\], \[1\]\]"),
+        ({"sentence": [1, 2, 3]}, "'sentence' .* must hold a text in every row"),
+        ({"sentence": ["a", None, "c"]}, "1 empty entries"),
+        ({"sentence": [], "label": []}, "is empty"),
+    ],
+)
+def test_bad_data_is_one_clear_error(tmp_path, columns, message):
+    defaults = {"sentence": ["a", "b", "c"], "label": [0, 1, 0]} | columns
+    kept = {name: column for name, column in defaults.items() if column is not None}
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, "sst2", kept)
+
+
+@pytest.mark.parametrize("labels", [[0.0, 5.5], [-0.1, 1.0], [1.0, None], ["a", "b"]])
+def test_scores_out_of_range_are_refused(tmp_path, labels):
+    columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": labels}
+    with pytest.raises(UserError, match="must be numbers from 0 to 5, got"):
+        load(tmp_path, "stsb", columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.txt", "a,label\n", "must end in one of .csv, .tsv, .json"),
+        ("train.json", "not json", "train.json cannot be read"),
+        ("train.csv", "label\n1\n0\n", "no column of texts beside 'label'"),
+        ("train.csv", "text,label\n", "train.csv is empty"),
+        ("train.csv", "", "train.csv cannot be read: No columns"),
+        ("train.json", "[]", "train.json is empty"),
+        ("train.jsonl", "", "train.jsonl is empty"),
+        ("train.csv", "text,class\na,1\n", "no column 'label'; it has text, class"),
+        ("train.csv", "text,label\na,1\nb,1\n", r"two or more names .*got \[1\]"),
+        (
+            "train.csv",
+            "text,label\na,0.5\nb,\nc,1.5\n",
+            r"two or more .*got \['', '0.5",
+        ),
+        ("train.json", '[{"text": "a", "label": [1]}]', "two or more names"),
+        (None, None, "there is no file"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path, name, content, message):
+    path = tmp_path / (name or "train.csv")
+    if content is not None:
+        path.write_text(content)
+    args = args_of("--do_train", "--train_file", str(path))
+    with pytest.raises(UserError, match=message):
+        splits.find_task(args, BertConfig())
+
+
+def test_labels_are_where_the_task_says():
+    """The order of GLUE on the hub."""
+    expected = {"mnli": "entailment", "rte": "entailment", "wnli": "not_entailment"}
+    for name, first in expected.items():
+        assert tasks.TASKS[name].label_names[0] == first
+    assert np.array_equal(tasks.TASKS["stsb"].label_range, (0, 5))
