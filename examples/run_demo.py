@@ -9,7 +9,6 @@ plot of the curves; the exit code says whether both optimizers beat the baseline
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import datasets
 import numpy as np
 import run_glue
 from bert_finetune import metrics, modeling, pretrained, reporting
-from bert_finetune.errors import UserError
+from bert_finetune.errors import Interrupted, UserError
 from paraphrases import Pair, generate, vocabulary
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -54,11 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     histories = {}
     for optim in RUNS:
         results[optim] = fine_tune(output_dir, optim)
-        lines = (output_dir / optim / "metrics.jsonl").read_text().splitlines()
-        steps = [json.loads(line) for line in lines]
-        histories[optim] = {k: [s[k] for s in steps] for k in ("loss", "accuracy")}
+        metrics_file = output_dir / optim / "metrics.jsonl"
+        histories[optim] = reporting.read_json_lines(metrics_file)
     plot = output_dir / "curves.png"
-    reporting.plot_curves(plot, "Generated paraphrases", histories, results)
+    reporting.plot_curves(plot, "Generated paraphrases", histories, ["accuracy"])
     print(f"\n{'':14}{'accuracy':>10}{'F1':>8}")
     for name, values in results.items():
         print(f"{name:14}{values['eval_accuracy']:10.1%}{values['eval_f1']:8.1%}")
@@ -148,5 +146,7 @@ def bag_of_words(train: Sequence[Pair], validation: Sequence[Pair]) -> dict[str,
 if __name__ == "__main__":
     try:
         main()
+    except (Interrupted, KeyboardInterrupt):
+        sys.exit("interrupted.")
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Fine-tunes a BERT on a GLUE task with M-FAC or AdamW.
+"""Fine-tunes a BERT on a GLUE task, or on files of yours, with any Optax optimizer.
 
 The flags are those of Hugging Face's script of this name; `--help` lists them. For
 example, from the root of the repository:
@@ -10,24 +10,43 @@ example, from the root of the repository:
         --optim_args '{"lr": 1e-4, "num_grads": 1024, "damp": 1e-6}'
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 
 from bert_finetune.arguments import parse_arguments
-from bert_finetune.errors import UserError
+from bert_finetune.errors import Interrupted, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Runs the script with these flags; returns the results of the evaluation."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(argv)
     # Only now the slow imports, so that a mistake in a flag shows at once.
+    import jax
     from bert_finetune import glue
 
-    return glue.run(args)
+    try:
+        return glue.run(args, shlex.join(["python", "examples/run_glue.py", *argv]))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the device has not enough memory: lower --per_device_train_batch_size, "
+            "and raise --gradient_accumulation_steps for the same steps; for MFAC also "
+            "num_grads in --optim_args."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{error.strerror or error}: {error.filename}.") from error
 
 
 if __name__ == "__main__":
     try:
         main()
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(interrupted.exit_code)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was left to save.")

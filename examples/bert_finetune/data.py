@@ -1,128 +1,253 @@
 """Tokenised examples and the batches made of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+import collections
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-_TOKENIZER_CHUNK = 4096
+# A batch is padded to one of these; each that occurs costs one compilation.
+_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+_PREFETCHED_BATCHES = 4
 
 
 class Features(NamedTuple):
-    """Tokenised examples, padded to one length.
+    """Tokenised examples, one behind the other.
 
     Attributes:
-      input_ids: int32, shape ``(examples, length)``.
-      attention_mask: uint8, 1 for tokens and 0 for padding, same shape.
-      token_type_ids: uint8, 1 for the second text of a pair, same shape.
-      labels: int32, shape ``(examples,)``.
+      tokens: int32, shape ``(tokens,)``.
+      token_types: int8, 1 for the second text of a pair, same shape.
+      starts: int64, shape ``(examples + 1,)``: where each example begins, and the end.
+      targets: by name, a number per example; becomes part of each batch.
+      pad_token_id: what fills up a batch.
     """
 
-    input_ids: np.ndarray
-    attention_mask: np.ndarray
-    token_type_ids: np.ndarray
-    labels: np.ndarray
+    tokens: np.ndarray
+    token_types: np.ndarray
+    starts: np.ndarray
+    targets: Mapping[str, np.ndarray]
+    pad_token_id: int
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def num_examples(self) -> int:
+        return len(self.starts) - 1
+
+
+class TrainData(NamedTuple):
+    """What fixes every batch of a training run.
+
+    Attributes:
+      features: the examples.
+      batch_size: examples per step; the last step of an epoch may have fewer.
+      num_steps: of the run.
+      lengths: to which a batch may be padded, rising.
+      seed: of the order.
+    """
+
+    features: Features
+    batch_size: int
+    num_steps: int
+    lengths: Sequence[int]
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.features.num_examples // self.batch_size)
+
+
+class Survey(NamedTuple):
+    """What the batches of a run have in common.
+
+    Attributes:
+      lengths: those that occur, rising.
+      max_distinct_tokens: the most distinct tokens of a batch, padding included.
+    """
+
+    lengths: list[int]
+    max_distinct_tokens: int
 
 
 def tokenize(
+    dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Sequence[str]],
-    labels: Sequence[int],
+    text_columns: Sequence[str],
+    targets: Mapping[str, np.ndarray],
     max_length: int,
+    *,
+    overwrite_cache: bool = False,
 ) -> Features:
     """Tokenises texts or pairs of texts, truncating the longer one first.
 
+    The tokens are kept in the cache of `datasets`, under a name made from the data, the
+    tokenizer and the length.
+
     Args:
+      dataset: holds the text columns.
       tokenizer: the model's.
-      texts: one or two columns of equal length.
-      labels: one per example.
-      max_length: tokens per example, special tokens included.
+      text_columns: one or two.
+      targets: by name, a number per example.
+      max_length: tokens per example at most, special tokens included.
+      overwrite_cache: tokenise also what is cached.
     """
-    size = len(labels)
-    features = Features(
-        np.zeros((size, max_length), np.int32),
-        np.zeros((size, max_length), np.uint8),
-        np.zeros((size, max_length), np.uint8),
-        np.asarray(labels, np.int32),
-    )
-    # In pieces, so that the tokenizer's Python lists stay small.
-    for start in range(0, size, _TOKENIZER_CHUNK):
-        rows = slice(start, start + _TOKENIZER_CHUNK)
+
+    def encode(batch: Mapping[str, list[str]]) -> dict[str, Any]:
+        texts = [batch[column] for column in text_columns]
         encoded = tokenizer(
-            list(texts[0][rows]),
-            list(texts[1][rows]) if len(texts) > 1 else None,
-            padding="max_length",
+            texts[0],
+            texts[1] if len(texts) > 1 else None,
             truncation=True,
             max_length=max_length,
-            return_tensors="np",
         )
-        features.input_ids[rows] = encoded["input_ids"]
-        features.attention_mask[rows] = encoded["attention_mask"]
-        features.token_type_ids[rows] = encoded["token_type_ids"]
-    return features
+        return {
+            "input_ids": encoded["input_ids"],
+            "token_type_ids": encoded["token_type_ids"],
+        }
+
+    tokenized = dataset.map(
+        encode,
+        batched=True,
+        remove_columns=dataset.column_names,
+        features=datasets.Features(
+            {
+                "input_ids": datasets.List(datasets.Value("int32")),
+                "token_type_ids": datasets.List(datasets.Value("int8")),
+            }
+        ),
+        load_from_cache_file=not overwrite_cache,
+        new_fingerprint=_fingerprint(dataset, tokenizer, text_columns, max_length),
+    )
+    _reset(tokenizer)
+    tokens, token_types = (
+        tokenized.data.column(name).combine_chunks()
+        for name in ("input_ids", "token_type_ids")
+    )
+    starts = tokens.offsets.to_numpy().astype(np.int64)
+    return Features(
+        tokens.values.to_numpy()[starts[0] : starts[-1]],
+        token_types.values.to_numpy()[starts[0] : starts[-1]],
+        starts - starts[0],
+        targets,
+        getattr(tokenizer, "pad_token_id", None) or 0,
+    )
+
+
+def _fingerprint(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    text_columns: Sequence[str],
+    max_length: int,
+) -> str:
+    # Not that of `datasets`, which hashes the tokenizer as it is pickled: it changes
+    # with the first text tokenised.
+    _reset(tokenizer)
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    parts = (dataset._fingerprint, vocabulary, list(text_columns), max_length)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _reset(tokenizer: Any) -> None:
+    """Removes the traces of texts tokenised before, which would be saved with it."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+
+
+def batch_lengths(max_length: int) -> list[int]:
+    """Returns the lengths to which batches are padded, up to ``max_length``."""
+    return [length for length in _LENGTHS if length < max_length] + [max_length]
 
 
 def batch_of(
-    features: Features, indices: np.ndarray, batch_size: int
-) -> Mapping[str, np.ndarray]:
-    """Returns a batch of fixed shape; ``weights`` is 0 for the rows that fill it up."""
-    filled = np.resize(indices, batch_size)
-    weights = (np.arange(batch_size) < len(indices)).astype(np.float32)
-    batch = {
-        name: column[filled].astype(np.int32)
-        for name, column in features._asdict().items()
-    }
-    return {**batch, "weights": weights}
+    features: Features, indices: np.ndarray, batch_size: int, lengths: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Returns a batch, padded to the smallest of the lengths that holds its longest.
 
-
-def train_order(
-    num_examples: int, batch_size: int, num_steps: int, seed: int
-) -> Iterator[np.ndarray]:
-    """Yields the examples of ``num_steps`` batches, reshuffled each epoch.
-
-    The last batch of an epoch may be short.
+    ``weights`` is 0 for the rows that fill it up to ``batch_size``.
     """
-    step, epoch = 0, 0
-    while True:
-        order = np.random.default_rng((seed, epoch)).permutation(num_examples)
-        for start in range(0, num_examples, batch_size):
-            if step == num_steps:
+    filled = np.resize(indices, batch_size)
+    starts = features.starts[filled]
+    sizes = features.starts[filled + 1] - starts
+    length = next(length for length in lengths if length >= sizes.max())
+    columns = np.arange(length)
+    mask = columns < sizes[:, None]
+    # Behind the last example there is nothing to read.
+    positions = np.where(mask, starts[:, None] + columns, 0)
+    return {
+        "input_ids": np.where(mask, features.tokens[positions], features.pad_token_id),
+        "attention_mask": mask.astype(np.int32),
+        "token_type_ids": np.where(mask, features.token_types[positions], 0).astype(
+            np.int32
+        ),
+        "weights": (np.arange(batch_size) < len(indices)).astype(np.float32),
+        **{name: column[filled] for name, column in features.targets.items()},
+    }
+
+
+def train_order(train_data: TrainData, start: int = 0) -> Iterator[np.ndarray]:
+    """Yields the examples of each step from ``start`` on, reshuffled every epoch.
+
+    The order follows from the seed and the step alone, so a run that goes on in the
+    middle sees what it would have seen.
+    """
+    features, batch_size = train_data.features, train_data.batch_size
+    epoch, step_in_epoch = divmod(start, train_data.steps_per_epoch)
+    step = start
+    while step < train_data.num_steps:
+        rng = np.random.default_rng((train_data.seed, epoch))
+        order = rng.permutation(features.num_examples)
+        for first in range(step_in_epoch * batch_size, len(order), batch_size):
+            if step == train_data.num_steps:
                 return
-            yield order[start : start + batch_size]
+            yield order[first : first + batch_size]
             step += 1
-        epoch += 1
+        epoch, step_in_epoch = epoch + 1, 0
 
 
 def train_batches(
-    features: Features, batch_size: int, num_steps: int, seed: int
-) -> Iterator[Mapping[str, np.ndarray]]:
-    """Yields ``num_steps`` batches in the order of :func:`train_order`."""
-    for indices in train_order(len(features), batch_size, num_steps, seed):
-        yield batch_of(features, indices, batch_size)
+    train_data: TrainData, start: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the batch of each step from ``start`` on."""
+    for indices in train_order(train_data, start):
+        yield batch_of(
+            train_data.features, indices, train_data.batch_size, train_data.lengths
+        )
 
 
-def max_distinct_tokens(
-    features: Features, batch_size: int, num_steps: int, seed: int
-) -> int:
-    """Returns the most distinct tokens that any batch of :func:`train_batches` has."""
-    seen = np.zeros(features.input_ids.max() + 1, bool)
-    most = 0
-    for indices in train_order(len(features), batch_size, num_steps, seed):
-        tokens = features.input_ids[indices]
+def survey(train_data: TrainData) -> Survey:
+    """Goes through the batches of a run without taking a step."""
+    lengths, most = set(), 0
+    seen = np.zeros(
+        1 + max(train_data.features.tokens.max(), train_data.features.pad_token_id),
+        bool,
+    )
+    for batch in train_batches(train_data):
+        tokens = batch["input_ids"]
+        lengths.add(tokens.shape[1])
         seen[tokens] = True
         most = max(most, int(np.count_nonzero(seen)))
         seen[tokens] = False
-    return most
+    return Survey(sorted(lengths), most)
 
 
 def eval_batches(
-    features: Features, batch_size: int
-) -> Iterator[Mapping[str, np.ndarray]]:
+    features: Features, batch_size: int, lengths: Sequence[int]
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields every example once, in order."""
-    for start in range(0, len(features), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(features)))
-        yield batch_of(features, indices, batch_size)
+    for start in range(0, features.num_examples, batch_size):
+        indices = np.arange(start, min(start + batch_size, features.num_examples))
+        yield batch_of(features, indices, batch_size, lengths)
+
+
+def prefetch(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yields the same, made a few batches ahead on a thread."""
+    iterator, end = iter(batches), object()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = collections.deque(
+            pool.submit(next, iterator, end) for _ in range(_PREFETCHED_BATCHES)
+        )
+        while (batch := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, iterator, end))
+            yield batch

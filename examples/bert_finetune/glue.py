@@ -1,339 +1,381 @@
-"""Fine-tuning on a GLUE task, from flags to results."""
+"""Fine-tuning on a GLUE task or on files of one's own, from flags to results."""
 
-import collections
+import functools
+import json
 import math
-import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import datasets
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bert_finetune import (
     data,
     hub,
     metrics,
+    model_card,
     modeling,
     optimizers,
+    output_dir,
     pretrained,
     reporting,
+    splits,
+    trainer,
     training,
+    training_log,
 )
 from bert_finetune.arguments import Arguments
 from bert_finetune.errors import UserError
+from bert_finetune.tasks import Task
+
+_MODEL_CLASS = modeling.BertForSequenceClassification
 
 
-class Task(NamedTuple):
-    """A GLUE task.
+class Classifier(NamedTuple):
+    """A model and its task.
 
     Attributes:
-      text_columns: one or two.
-      label_names: in the order of the labels.
-      metrics: as GLUE reports them.
+      args: the flags.
+      task: of the flags.
+      model: as read.
+      apply: the model as a function.
+      eval_step: from :func:`training.make_eval_step`.
+      lengths: to which batches may be padded.
+      model_labels: the model's label for each label of the data. A model that knows the
+        task's labels in another order keeps its own.
     """
 
-    text_columns: tuple[str, ...]
-    label_names: tuple[str, ...]
-    metrics: tuple[str, ...]
+    args: Arguments
+    task: Task
+    model: pretrained.Pretrained
+    apply: modeling.Apply
+    eval_step: Callable[..., Any]
+    lengths: list[int]
+    model_labels: np.ndarray
 
 
-TASKS = {
-    "mrpc": Task(
-        ("sentence1", "sentence2"),
-        ("not_equivalent", "equivalent"),
-        ("accuracy", "f1"),
-    ),
-    "qqp": Task(
-        ("question1", "question2"),
-        ("not_duplicate", "duplicate"),
-        ("accuracy", "f1"),
-    ),
-    "sst2": Task(("sentence",), ("negative", "positive"), ("accuracy",)),
-}
+def run(args: Arguments, command: str) -> dict[str, float]:
+    """Trains, evaluates and predicts as the flags say; returns what evaluation found.
 
-
-def run(args: Arguments) -> dict[str, float]:
-    """Trains and evaluates as the flags say; returns the results of the evaluation.
+    Args:
+      args: the flags.
+      command: what was typed, for the model card.
 
     Raises:
       UserError: for anything in the flags, the files or the data that cannot be used.
     """
-    if args.task_name not in TASKS:
-        raise UserError(
-            f"--task_name must be one of {', '.join(TASKS)}, got {args.task_name!r}."
-        )
-    task = TASKS[args.task_name]
-    directory = hub.resolve_model(args.model_name_or_path)
-    train_set = eval_set = None
-    if args.do_train:
-        train_set = load_split(args, "train", args.max_train_samples)
-    if args.do_eval:
-        eval_set = load_split(args, "validation", args.max_eval_samples)
-    model = pretrained.load_pretrained(
-        directory,
-        modeling.BertForSequenceClassification,
-        label_names=list(task.label_names),
-        seed=args.seed,
+    classifier = load_classifier(args)
+    task = classifier.task
+    _check_metric_for_best_model(args, task)
+    train_set, eval_sets, test_sets = _load_splits(args, task)
+    train_run = None
+    if train_set is not None:
+        train_run = plan_training(classifier, train_set)
+    eval_features, test_features = (
+        {name: _features(classifier, split_set) for name, split_set in sets.items()}
+        for sets in (eval_sets, test_sets)
     )
+    with output_dir.locked(args) as out:
+        for note in classifier.model.notes:
+            print(note)
+        evaluate = None
+        if eval_features:
+            evaluate = functools.partial(_evaluate, classifier, eval_features)
+        params, train_results, results = classifier.model.params, {}, {}
+        if train_run is not None:
+            params, train_results, results = _train(
+                train_run._replace(evaluate=evaluate), out
+            )
+        elif evaluate is not None:
+            results = evaluate(params)
+        for kind, values in {"train": train_results, "eval": results}.items():
+            if values:
+                reporting.write_json(out / f"{kind}_results.json", values)
+            for name, value in values.items():
+                print(f"{name:28} {value:.4f}")
+        for split, features in test_features.items():
+            path = out / task.test_splits[split]
+            _write_predictions(classifier, params, features, path)
+        if train_run is not None:
+            _write_reports(classifier, train_run, command, out, results)
+        # Last, since it says that nothing is left to do.
+        _add_results(out / "all_results.json", train_results | results)
+        print(f"Results are in {out}.")
+    return results
+
+
+def _check_metric_for_best_model(args: Arguments, task: Task) -> None:
+    name = args.metric_for_best_model
+    known = ["loss", *_result_names(task)]
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise UserError(
+            f"--metric_for_best_model must be one of {', '.join(known)}, got {name!r}."
+        )
+
+
+def _result_names(task: Task) -> list[str]:
+    """Returns the names of the metrics over all evaluation splits."""
+    names = [*task.metrics, *(["combined_score"] if len(task.metrics) > 1 else [])]
+    return [name + ending for ending in task.eval_splits.values() for name in names]
+
+
+def _load_splits(
+    args: Arguments, task: Task
+) -> tuple[splits.Split | None, dict[str, splits.Split], dict[str, splits.Split]]:
+    """Returns the training split, and by name those to evaluate and to predict."""
+
+    def load(names: Mapping[str, str], file: str | None, max_samples: int | None):
+        # A file stands for one split, whatever the task has.
+        chosen = list(names)[:1] if file is not None else names
+        return {
+            name: splits.load_split(args, task, name, max_samples) for name in chosen
+        }
+
+    train_set, eval_sets, test_sets = None, {}, {}
+    if args.do_train:
+        train_set = splits.load_split(args, task, "train", args.max_train_samples)
+    if args.do_eval:
+        eval_sets = load(task.eval_splits, args.validation_file, args.max_eval_samples)
+    if args.do_predict:
+        test_sets = load(task.test_splits, args.test_file, args.max_predict_samples)
+    return train_set, eval_sets, test_sets
+
+
+def load_classifier(args: Arguments) -> Classifier:
+    """Reads the model for the task of the flags.
+
+    Raises:
+      UserError: if it cannot be had, does not fit, or the task is unknown.
+    """
+    directory = hub.resolve_model(args.model_name_or_path)
+    config = pretrained.read_config(directory)
+    task = splits.find_task(args, config)
+    known = list((config.id2label or {}).values())
+    names = list(task.label_names)
+    if sorted(known) == sorted(names):
+        names = known
+    model = pretrained.load_pretrained(
+        directory, _MODEL_CLASS, label_names=names, seed=args.seed
+    )
+    if args.task_name is None:
+        model.notes.append(
+            f"Texts are {' and '.join(task.text_columns)}, labels "
+            f"{'numbers' if task.is_regression else ', '.join(names)}."
+        )
+    if task.is_regression:
+        model.config.problem_type = "regression"
     if args.max_seq_length > model.config.max_position_embeddings:
         raise UserError(
             f"--max_seq_length {args.max_seq_length} is more than the "
             f"{model.config.max_position_embeddings} positions of the model."
         )
-    plan = None
-    if train_set is not None:
-        plan = _plan_training(args, model, train_set)
-    output_dir = prepare_output_dir(args)
-    # From here on nothing is left to refuse.
-    for note in model.notes:
-        print(note)
-    history = results = {}
-    if plan is not None:
-        model, history, results = _train(args, plan, output_dir, model)
-    if eval_set is not None:
-        results = results | _evaluate(args, model, eval_set)
-        reporting.write_json(output_dir / "eval_results.json", results)
-        for name, value in results.items():
-            print(f"{name:24} {value:.4f}")
-    if history:
-        reporting.plot_curves(
-            output_dir / "curves.png",
-            f"{args.task_name}, {args.optim}",
-            {args.optim: history},
-            {args.optim: results},
-        )
-    print(f"Results are in {output_dir}.")
-    return results
+    apply = modeling.make_apply(
+        model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
+    )
+    return Classifier(
+        args,
+        task,
+        model,
+        apply,
+        training.make_eval_step(apply, is_regression=task.is_regression),
+        [args.max_seq_length]
+        if args.pad_to_max_length
+        else data.batch_lengths(args.max_seq_length),
+        np.array([names.index(name) for name in task.label_names], np.int32),
+    )
 
 
-def load_split(
-    args: Arguments, split: str, max_samples: int | None
-) -> datasets.Dataset:
-    """Loads a split of the task from a directory or the hub, and checks it.
-
-    Raises:
-      UserError: if the split or one of its columns is not there or of the wrong kind.
-    """
-    datasets.disable_progress_bars()
-    task = TASKS[args.task_name]
-    if Path(args.dataset_name).is_dir():
-        dataset = _load_from_directory(Path(args.dataset_name), args.task_name, split)
-    else:
-        dataset = _load_from_hub(args.dataset_name, args.task_name, split)
-    where = f"the {split} split of {args.task_name} in {args.dataset_name}"
-    if len(dataset) == 0:
-        raise UserError(f"{where} is empty.")
-    for column in (*task.text_columns, "label"):
-        if column not in dataset.column_names:
-            raise UserError(
-                f"{where} has no column {column!r}; it has "
-                f"{', '.join(dataset.column_names)}."
-            )
-    if max_samples is not None:
-        dataset = dataset.select(range(min(max_samples, len(dataset))))
-    for column in task.text_columns:
-        texts = dataset.data.column(column)
-        if str(texts.type) not in ("string", "large_string") or texts.null_count:
-            raise UserError(
-                f"column {column!r} of {where} must hold a text in every row; it has "
-                f"type {texts.type} and {texts.null_count} empty entries."
-            )
-    labels, num_labels = np.asarray(dataset["label"]), len(task.label_names)
-    if not (
-        np.issubdtype(labels.dtype, np.integer)
-        and labels.min() >= 0
-        and labels.max() < num_labels
-    ):
-        raise UserError(
-            f"the labels of {where} must be integers from 0 to {num_labels - 1}, got "
-            f"{sorted(set(labels.tolist()), key=str)[:5]}."
-        )
-    return dataset
+def _features(classifier: Classifier, split: splits.Split) -> data.Features:
+    args, task, labels = classifier.args, classifier.task, split.labels
+    return data.tokenize(
+        split.dataset,
+        classifier.model.tokenizer,
+        task.text_columns,
+        {"labels": labels if task.is_regression else classifier.model_labels[labels]},
+        args.max_seq_length,
+        overwrite_cache=args.overwrite_cache,
+    )
 
 
-def _load_from_directory(directory: Path, task: str, split: str) -> datasets.Dataset:
-    pattern = f"{task}/{split}-*.parquet"
-    files = sorted(str(file) for file in directory.glob(pattern))
-    if not files:
-        raise UserError(f"there is no {pattern} in {directory}.")
-    try:
-        # One unnamed split, which datasets calls "train".
-        return datasets.load_dataset("parquet", data_files=files, split="train")
-    except Exception as error:
-        raise UserError(f"{', '.join(files)} cannot be read: {error}") from None
-
-
-def _load_from_hub(name: str, task: str, split: str) -> datasets.Dataset:
-    reachable = hub.hub_is_reachable()
-    try:
-        return datasets.load_dataset(name, task, split=split)
-    except Exception as error:
-        raise UserError(
-            f"data set {name!r} is not a directory here, and "
-            f"{hub.hub_failure(reachable, error)} Give --dataset_name a directory that "
-            f"holds {task}/train-*.parquet and validation-*.parquet."
-        ) from None
-
-
-def prepare_output_dir(args: Arguments) -> Path:
-    """Makes the output directory, or says why it cannot be used.
+def plan_training(classifier: Classifier, split: splits.Split) -> trainer.Run:
+    """Tokenises the split, and prepares everything but the first step.
 
     Raises:
-      UserError: if it cannot be written, or is not empty where training would mix with
-        what is there.
+      UserError: for an optimizer that does not exist, cannot be used or does not fit.
     """
-    output_dir = Path(args.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {output_dir} cannot be written: {error.strerror}."
-        ) from None
-    if args.do_train and not args.overwrite_output_dir and any(output_dir.iterdir()):
-        raise UserError(
-            f"--output_dir {output_dir} is not empty: give another one, or "
-            "--overwrite_output_dir to train into it."
-        )
-    return output_dir
-
-
-class _Plan(NamedTuple):
-    features: data.Features
-    num_steps: int
-    steps_per_epoch: int
-    optimizer: optimizers.Optimizer
-
-
-def _plan_training(
-    args: Arguments, model: pretrained.Pretrained, dataset: datasets.Dataset
-) -> _Plan:
-    batch_size = args.per_device_train_batch_size
-    steps_per_epoch = math.ceil(len(dataset) / batch_size)
-    num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
-    if args.max_steps > 0:
-        num_steps = args.max_steps
+    args, model = classifier.args, classifier.model
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    num_steps = args.max_steps
+    if num_steps < 0:
+        steps_per_epoch = math.ceil(len(split.labels) / batch_size)
+        num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
     max_rows = {
         "word_embeddings": batch_size * args.max_seq_length,
         "position_embeddings": args.max_seq_length,
     }
     # With the bound that always holds, to refuse a bad flag before a long wait.
     optimizers.make_optimizer(args, num_steps, max_rows)
-    features = _tokenize(args, model, dataset)
-    max_rows["word_embeddings"] = data.max_distinct_tokens(
-        features, batch_size, num_steps, args.seed
+    features = _features(classifier, split)
+    train_data = data.TrainData(
+        features, batch_size, num_steps, classifier.lengths, args.seed
     )
-    optimizer = optimizers.make_optimizer(args, num_steps, max_rows)
-    optimizers.check_memory(optimizer, model.params)
-    return _Plan(features, num_steps, steps_per_epoch, optimizer)
-
-
-def _tokenize(
-    args: Arguments, model: pretrained.Pretrained, dataset: datasets.Dataset
-) -> data.Features:
-    texts = [dataset[column] for column in TASKS[args.task_name].text_columns]
-    return data.tokenize(model.tokenizer, texts, dataset["label"], args.max_seq_length)
-
-
-def _train(
-    args: Arguments,
-    plan: _Plan,
-    output_dir: Path,
-    model: pretrained.Pretrained,
-) -> tuple[pretrained.Pretrained, dict[str, list[float]], dict[str, float]]:
-    """Trains and saves; returns the model, metrics by step, and what was reached."""
-    features, num_steps, steps_per_epoch, optimizer = plan
-    batch_size = args.per_device_train_batch_size
-    loss_fn = training.classification_loss(
-        modeling.make_apply(model.config, modeling.BertForSequenceClassification)
-    )
-    state = training.init_state(model.params, optimizer.transformation)
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    print(
-        f"Training {args.task_name}: {len(features):,} examples, {num_steps:,} steps "
-        f"of {batch_size}, {num_params:,} parameters.\n"
-        f"{optimizer.name} with {optimizer.hyperparams}; its state takes "
-        f"{optimizers.nbytes(state.opt_state) / 1e9:.2f} GB."
-    )
-    log = output_dir / "metrics.jsonl"
-    log.unlink(missing_ok=True)
-    history: dict[str, list[float]] = collections.defaultdict(list)
-
-    def record(step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            history[name].append(value)
-        if step % args.logging_steps == 0 or step in (1, num_steps):
-            start = (step - 1) // args.logging_steps * args.logging_steps
-            means = {
-                n: float(np.mean(history[n][start:])) for n in ("loss", "accuracy")
-            }
-            line = {"step": step, "epoch": step / steps_per_epoch, **values, **means}
-            reporting.append_json_line(log, line)
-
-    started = time.perf_counter()
-    state = training.train(
-        state,
-        training.make_train_step(loss_fn, optimizer.transformation, args.seed),
-        data.train_batches(features, batch_size, num_steps, args.seed),
-        num_steps,
-        optimizer.schedule,
-        record,
-    )
-    seconds = time.perf_counter() - started
-    model = model._replace(params=state.params)
-    pretrained.save_pretrained(
-        output_dir,
-        model.params,
-        model.config,
-        model.tokenizer,
-        modeling.BertForSequenceClassification,
-    )
-    reached = {"epoch": num_steps / steps_per_epoch}
-    last = {
-        name: history[name][-1]
-        for name in ("damp", "num_raised", "num_refused", "num_dropped")
-        if name in history
+    survey = data.survey(train_data)
+    max_rows = {
+        "word_embeddings": survey.max_distinct_tokens,
+        "position_embeddings": survey.lengths[-1],
     }
-    reporting.write_json(
-        output_dir / "train_results.json",
-        {
-            "train_loss": float(np.mean(history["loss"])),
-            "train_runtime": seconds,
-            "train_samples": len(features),
-            "train_samples_per_second": num_steps * batch_size / seconds,
-            "train_steps_per_second": num_steps / seconds,
-            **last,
-            **reached,
-        },
+    optimizer = optimizers.make_optimizer(args, num_steps, max_rows)
+    optimizers.check_update(optimizer, model.params)
+    optimizers.check_memory(optimizer, model.params)
+    if args.report_to == "tensorboard":
+        reporting.require_tensorboard()
+    make_loss = (
+        training.regression_loss
+        if classifier.task.is_regression
+        else training.classification_loss
     )
-    return model, history, reached
+    return trainer.Run(
+        args,
+        model,
+        _MODEL_CLASS,
+        make_loss(classifier.apply),
+        optimizer,
+        train_data,
+        survey.lengths,
+        evaluate=None,
+    )
+
+
+def _train(train_run: trainer.Run, out: Path) -> trainer.Trained:
+    args, train_data, optimizer = (
+        train_run.args,
+        train_run.train_data,
+        train_run.optimizer,
+    )
+    params = train_run.model.params
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state_bytes = optimizers.nbytes(
+        jax.eval_shape(optimizer.transformation.init, params)
+    )
+    print(
+        f"Training on {train_data.features.num_examples:,} examples: "
+        f"{train_data.num_steps:,} steps of {train_data.batch_size}, padded to "
+        f"{', '.join(map(str, train_run.lengths))} tokens; {num_params:,} parameters.\n"
+        f"{optimizer.name} with {optimizer.hyperparams}; its state takes "
+        f"{state_bytes / 1e9:.2f} GB."
+    )
+    resume_from = output_dir.checkpoints_to_resume(args, out)
+    return trainer.fit(train_run, out, resume_from)
 
 
 def _evaluate(
-    args: Arguments, model: pretrained.Pretrained, dataset: datasets.Dataset
+    classifier: Classifier,
+    eval_features: Mapping[str, data.Features],
+    params: modeling.Params,
 ) -> dict[str, float]:
     """Evaluates on every example once; returns results under Hugging Face's keys."""
-    features = _tokenize(args, model, dataset)
-    batch_size = args.per_device_eval_batch_size
-    apply = modeling.make_apply(model.config, modeling.BertForSequenceClassification)
-    started = time.perf_counter()
+    task, results = classifier.task, {}
+    for split, features in eval_features.items():
+        started = time.perf_counter()
+        losses, predictions = _predict(classifier, params, features)
+        labels = _in_data(classifier, features.targets["labels"])
+        seconds = time.perf_counter() - started
+        size = len(losses)
+        num_batches = math.ceil(size / classifier.args.per_device_eval_batch_size)
+        values = {
+            "loss": float(losses.mean()),
+            **metrics.glue_metrics(task.metrics, labels, predictions),
+            "samples": size,
+            "runtime": seconds,
+            "samples_per_second": size / seconds,
+            "steps_per_second": num_batches / seconds,
+        }
+        ending = task.eval_splits[split]
+        results |= {f"eval_{name}{ending}": value for name, value in values.items()}
+    return results
+
+
+def _predict(
+    classifier: Classifier, params: modeling.Params, features: data.Features
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns losses and predictions, these in the labels of the data."""
+    batch_size = classifier.args.per_device_eval_batch_size
     losses, predictions = training.predict(
-        model.params,
-        training.make_eval_step(apply),
-        data.eval_batches(features, batch_size),
-        len(features),
+        params,
+        classifier.eval_step,
+        data.prefetch(data.eval_batches(features, batch_size, classifier.lengths)),
+        features.num_examples,
     )
-    seconds = time.perf_counter() - started
-    names = TASKS[args.task_name].metrics
-    results = {
-        "loss": float(losses.mean()),
-        **metrics.glue_metrics(names, features.labels, predictions),
-        "samples": len(features),
-        "runtime": seconds,
-        "samples_per_second": len(features) / seconds,
-        "steps_per_second": math.ceil(len(features) / batch_size) / seconds,
-    }
-    return {f"eval_{name}": value for name, value in results.items()}
+    return losses, _in_data(classifier, predictions)
+
+
+def _in_data(classifier: Classifier, labels: np.ndarray) -> np.ndarray:
+    """Returns the model's labels, or predictions, as they are in the data."""
+    if classifier.task.is_regression:
+        return labels
+    return np.argsort(classifier.model_labels)[labels]
+
+
+def _add_results(path: Path, results: Mapping[str, float]) -> None:
+    """Writes results beside those of earlier runs on the same model."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    reporting.write_json(path, {**earlier, **results})
+
+
+def _write_predictions(
+    classifier: Classifier,
+    params: modeling.Params,
+    features: data.Features,
+    path: Path,
+) -> None:
+    """Writes the predictions as GLUE takes them."""
+    task = classifier.task
+    _, predictions = _predict(classifier, params, features)
+    if task.is_regression:
+        if task.label_range is not None:
+            predictions = np.clip(predictions, *task.label_range)
+        shown = [f"{value:.6g}" for value in predictions]
+    elif task.writes_names:
+        shown = [task.label_names[label] for label in predictions]
+    else:
+        shown = [str(label) for label in predictions]
+    lines = ["index\tprediction", *(f"{i}\t{value}" for i, value in enumerate(shown))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"Predictions are in {path}.")
+
+
+def _write_reports(
+    classifier: Classifier,
+    train_run: trainer.Run,
+    command: str,
+    out: Path,
+    results: Mapping[str, float],
+) -> None:
+    args, optimizer = classifier.args, train_run.optimizer
+    lines = reporting.read_json_lines(out / training_log.FILE)
+    names = [n for n in _result_names(classifier.task) if "combined" not in n]
+    reporting.plot_curves(
+        out / "curves.png",
+        f"{args.task_name or Path(args.train_file or '').stem}, {optimizer.name}",
+        {optimizer.name: lines},
+        names,
+    )
+    model_card.write_model_card(
+        out / "README.md",
+        model_name=args.model_name_or_path,
+        dataset=args.train_file or args.dataset_name,
+        task=args.task_name,
+        optimizer=optimizer.name,
+        metrics=names,
+        results=results,
+        hyperparams={
+            **model_card.named_flags(args),
+            "learning_rate": optimizer.hyperparams["lr"],
+            optimizer.name: optimizer.hyperparams,
+        },
+        command=command,
+        lines=lines,
+    )

@@ -20,6 +20,8 @@ from bert_finetune.errors import UserError
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
+# (params, batch, dropout_key) -> the model's output; no key, no dropout.
+Apply = Callable[[Params, Batch, jax.Array | None], Any]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nnx.gelu, approximate=False),
@@ -35,8 +37,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class _Layers:
     """The layers of one config: initialised and normalised as Hugging Face does."""
 
-    def __init__(self, config: BertConfig, rngs: nnx.Rngs, param_dtype: Any):
-        self.config, self.rngs, self.param_dtype = config, rngs, param_dtype
+    def __init__(
+        self, config: BertConfig, rngs: nnx.Rngs, param_dtype: Any, dtype: Any
+    ):
+        self.config, self.rngs = config, rngs
+        self.dtypes = {"param_dtype": param_dtype, "dtype": dtype}
         self.initializer = nnx.initializers.normal(config.initializer_range)
 
     def embed(self, num_embeddings: int) -> nnx.Embed:
@@ -44,7 +49,7 @@ class _Layers:
             num_embeddings,
             self.config.hidden_size,
             embedding_init=self.initializer,
-            param_dtype=self.param_dtype,
+            **self.dtypes,
             rngs=self.rngs,
         )
 
@@ -53,7 +58,7 @@ class _Layers:
             in_features,
             out_features,
             kernel_init=self.initializer,
-            param_dtype=self.param_dtype,
+            **self.dtypes,
             rngs=self.rngs,
         )
 
@@ -63,7 +68,7 @@ class _Layers:
             epsilon=self.config.layer_norm_eps,
             # E[x²] − E[x]² loses the digits of a small variance.
             use_fast_variance=False,
-            param_dtype=self.param_dtype,
+            **self.dtypes,
             rngs=self.rngs,
         )
 
@@ -112,9 +117,12 @@ class BertSelfAttention(nnx.Module):
         # Not jax.nn.dot_product_attention: its softmax is float32 also for float64,
         # and it has no dropout.
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
+        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
         attention = self.dropout(
-            nnx.softmax(scores), deterministic=deterministic, rngs=rngs
+            nnx.softmax(scores).astype(value.dtype),
+            deterministic=deterministic,
+            rngs=rngs,
         )
         context = jnp.einsum("bhqk,bkhd->bqhd", attention, value)
         return context.reshape(hidden.shape)
@@ -214,10 +222,15 @@ class BertForSequenceClassification(nnx.Module):
     """BERT with a linear layer on the pooled first token."""
 
     def __init__(
-        self, config: BertConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32
+        self,
+        config: BertConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        dtype: Any = None,
     ):
         check_config(config)
-        layers = _Layers(config, rngs, param_dtype)
+        layers = _Layers(config, rngs, param_dtype, dtype)
         self.bert = BertModel(layers, add_pooling_layer=True)
         rate = config.classifier_dropout
         self.dropout = nnx.Dropout(config.hidden_dropout_prob if rate is None else rate)
@@ -243,10 +256,15 @@ class BertForQuestionAnswering(nnx.Module):
     """BERT with a start and an end logit for every token."""
 
     def __init__(
-        self, config: BertConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32
+        self,
+        config: BertConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        dtype: Any = None,
     ):
         check_config(config)
-        layers = _Layers(config, rngs, param_dtype)
+        layers = _Layers(config, rngs, param_dtype, dtype)
         self.bert = BertModel(layers, add_pooling_layer=False)
         self.qa_outputs = layers.linear(config.hidden_size, 2)
 
@@ -307,16 +325,24 @@ def init_params(
 
 
 def make_apply(
-    config: BertConfig, model_class: ModelClass, dtype: Any = jnp.float32
-) -> Callable[[Params, Batch, jax.Array | None], Any]:
+    config: BertConfig,
+    model_class: ModelClass,
+    param_dtype: Any = jnp.float32,
+    dtype: Any = None,
+) -> Apply:
     """Returns the model as a pure function ``(params, batch, dropout_key) -> output``.
 
     ``batch`` holds ``input_ids``, ``attention_mask`` and ``token_type_ids``, each of
     shape ``(batch, length)``; ``dropout_key`` ``None`` turns dropout off. ``dtype`` is
-    that of ``params`` and of the computation.
+    that of the computation, ``None`` for the parameters' own; softmax, the statistics
+    of LayerNorm and the loss are float32 at least.
     """
     graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0), param_dtype=dtype))
+        nnx.eval_shape(
+            lambda: model_class(
+                config, rngs=nnx.Rngs(0), param_dtype=param_dtype, dtype=dtype
+            )
+        )
     )
 
     def apply(params: Params, batch: Batch, dropout_key: jax.Array | None) -> Any:

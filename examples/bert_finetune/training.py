@@ -1,18 +1,16 @@
-"""The train step and the loop around it, for any model, loss and Optax optimizer."""
+"""The train step and the evaluation step, for any model, loss and Optax optimizer."""
 
 import collections
 import functools
 import math
-import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from bert_finetune import modeling
 from bert_finetune.errors import UserError
@@ -23,7 +21,7 @@ LossFn = Callable[
     tuple[jax.Array, dict[str, jax.Array]],
 ]
 # Scalars of an optimizer's state that are worth a curve.
-_OPTIMIZER_SCALARS = ("damp", "num_raised", "num_refused", "num_dropped")
+OPTIMIZER_SCALARS = ("damp", "num_raised", "num_refused", "num_dropped")
 # Steps that may be dispatched before the first of them has to be finished.
 _MAX_STEPS_IN_FLIGHT = 16
 
@@ -35,28 +33,32 @@ class TrainState(NamedTuple):
       step: int32 scalar, steps taken.
       params: the model's parameters.
       opt_state: the optimizer's state.
+      dropout_key: of the run; each step folds its number into it.
     """
 
     step: jax.Array
     params: modeling.Params
     opt_state: optax.OptState
+    dropout_key: jax.Array
 
 
 def init_state(
-    params: modeling.Params, optimizer: optax.GradientTransformation
+    params: modeling.Params, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
     """Returns the state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=jax.jit(optimizer.init)(params),
+        dropout_key=jax.random.key(seed),
+    )
 
 
-def classification_loss(
-    apply: Callable[[modeling.Params, modeling.Batch, jax.Array | None], jax.Array],
-) -> LossFn:
+def classification_loss(apply: modeling.Apply) -> LossFn:
     """Cross-entropy averaged over the rows of a batch whose weight is 1."""
 
     def loss_fn(params, batch, dropout_key):
-        logits = apply(params, batch, dropout_key)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = _full_precision(apply(params, batch, dropout_key))
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, batch["labels"]
         )
@@ -69,109 +71,203 @@ def classification_loss(
     return loss_fn
 
 
+def regression_loss(apply: modeling.Apply) -> LossFn:
+    """Squared error averaged over the rows of a batch whose weight is 1."""
+
+    def loss_fn(params, batch, dropout_key):
+        predictions = _full_precision(apply(params, batch, dropout_key))[:, 0]
+        losses = jnp.square(predictions - batch["labels"])
+        return weighted_mean(losses, batch["weights"].astype(losses.dtype)), {}
+
+    return loss_fn
+
+
+def _full_precision(logits: jax.Array) -> jax.Array:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean over the entries of weight 1."""
-    return jnp.sum(values * weights) / jnp.sum(weights)
+    """Mean over the entries of weight 1; 0 where there are none."""
+    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1)
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, seed: int
-) -> Callable[[TrainState, modeling.Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    schedule: optax.Schedule | None = None,
+    accumulation_steps: int = 1,
+) -> Any:
     """Returns the jitted step ``(state, batch) -> (state, metrics)``; state is donated.
 
-    ``metrics`` are scalars on the device: loss, what the loss function adds, and the
-    scalars of an M-FAC state.
+    ``metrics`` are scalars on the device: loss, what the loss function adds, the
+    scalars of an M-FAC state, and the learning rate if ``schedule`` is given. The batch
+    is cut into ``accumulation_steps`` equal parts that go through the model one after
+    the other; loss and gradient are the means over all its examples.
+    (`optax.MultiSteps` would hold a second optimizer state.)
     """
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def accumulated(params, batch, dropout_key):
+        total = jnp.sum(batch["weights"])
+        parts = jax.tree.map(
+            lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), batch
+        )
+
+        def add_part(sums, numbered_part):
+            i, part = numbered_part
+            result = grad_fn(params, part, jax.random.fold_in(dropout_key, i))
+            share = jnp.sum(part["weights"]) / total
+            return jax.tree.map(lambda a, b: a + share * b, sums, result), None
+
+        shapes = jax.eval_shape(
+            grad_fn, params, jax.tree.map(lambda x: x[0], parts), dropout_key
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        numbers = jnp.arange(accumulation_steps)
+        return jax.lax.scan(add_part, zeros, (numbers, parts))[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, batch):
-        dropout_key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch, dropout_key
-        )
+        dropout_key = jax.random.fold_in(state.dropout_key, state.step)
+        compute = grad_fn if accumulation_steps == 1 else accumulated
+        (loss, metrics), grads = compute(state.params, batch, dropout_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        for name in _OPTIMIZER_SCALARS:
+        for name in OPTIMIZER_SCALARS:
             value = optax.tree.get(opt_state, name)
             if value is not None:
                 metrics[name] = value
+        if schedule is not None:
+            metrics["learning_rate"] = schedule(state.step)
         metrics["loss"] = loss
-        return TrainState(state.step + 1, params, opt_state), metrics
+        state = TrainState(state.step + 1, params, opt_state, state.dropout_key)
+        return state, metrics
 
     return train_step
 
 
-def train(
-    state: TrainState,
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-    batches: Iterable[Mapping[str, np.ndarray]],
-    num_steps: int,
-    schedule: optax.Schedule,
-    on_metrics: Callable[[int, dict[str, float]], None],
-) -> TrainState:
-    """Takes a step per batch and reports metrics as they become ready.
-
-    The host dispatches steps ahead of the device and never waits for the one at hand:
-    metrics are read once the device has them, a few steps late.
+def compile_for_lengths(
+    train_step: Any,
+    state: Any,
+    batch: Mapping[str, np.ndarray],
+    lengths: Sequence[int],
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles the step for every length that occurs, before the first step.
 
     Args:
-      state: donated.
       train_step: from :func:`make_train_step`.
-      batches: one mapping of arrays per step.
-      num_steps: for the progress bar.
-      schedule: learning rate by step, for the progress bar and the metrics.
-      on_metrics: called in order with the number of a finished step, from 1, and its
-        metrics.
+      state: of the run, or its shapes.
+      batch: any batch of the run.
+      lengths: to which the batches of the run are padded.
+
+    Returns:
+      The step, for batches of these lengths only.
+    """
+
+    def padded_to(length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct(
+                (len(column), length) if column.ndim > 1 else column.shape, column.dtype
+            )
+            for name, column in batch.items()
+        }
+
+    lowered = [train_step.lower(state, padded_to(length)) for length in lengths]
+    # XLA compiles without holding Python's lock.
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda step: step.compile(), lowered)
+        steps = dict(zip(lengths, compiled, strict=True))
+    return lambda state, batch: steps[batch["input_ids"].shape[1]](state, batch)
+
+
+class Diverged(UserError):
+    """Training has led to numbers that are not finite.
+
+    Attributes:
+      step: at which they were seen.
+    """
+
+    def __init__(self, what: str, step: int):
+        self.step = step
+        super().__init__(
+            f"{what}: training has diverged. Lower the learning rate, or raise damp "
+            "for MFAC."
+        )
+
+
+def check_finite(state: TrainState) -> None:
+    """Waits for the state, and checks its parameters.
 
     Raises:
-      UserError: if a loss is not finite.
+      Diverged: if one of them is not finite.
     """
-    in_flight = collections.deque()
-    interactive = sys.stderr.isatty()
-    # A file gets a line now and then, a terminal a live bar.
-    interval = 0.2 if interactive else 30.0
-    with tqdm(total=num_steps, unit="step", mininterval=interval) as bar:
-        started, examples = time.perf_counter(), 0
+    if not _all_finite(state.params):
+        step = int(state.step)
+        raise Diverged(f"parameters are not finite after step {step}", step)
 
-        def report(wait: bool):
-            nonlocal examples
-            while in_flight and (wait or in_flight[0][2]["loss"].is_ready()):
-                step, size, metrics = in_flight.popleft()
-                metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
-                if not math.isfinite(metrics["loss"]):
-                    raise UserError(
-                        f"the loss is {metrics['loss']} at step {step}: training has "
-                        "diverged. Lower the learning rate, or raise damp for MFAC."
-                    )
-                metrics["learning_rate"] = float(np.asarray(schedule(step - 1)))
-                examples += size
-                bar.set_postfix(
-                    loss=f"{metrics['loss']:.4f}",
-                    lr=f"{metrics['learning_rate']:.2e}",
-                    ex_per_s=f"{examples / (time.perf_counter() - started):.0f}",
-                    refresh=False,
-                )
-                bar.update()
-                on_metrics(step, metrics)
 
-        for step, batch in enumerate(batches, start=1):
-            size = int(batch["weights"].sum())
-            state, metrics = train_step(state, batch)
-            in_flight.append((step, size, metrics))
-            report(wait=len(in_flight) >= _MAX_STEPS_IN_FLIGHT)
-        report(wait=True)
-    return state
+@jax.jit
+def _all_finite(params: modeling.Params) -> jax.Array:
+    return jnp.all(
+        jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)])
+    )
+
+
+class MetricsQueue:
+    """Metrics of dispatched steps, read once the device has them.
+
+    The host runs ahead of the device and never waits for the step at hand: what it
+    reads is a few steps late.
+
+    Args:
+      on_metrics: called in order with the number of a finished step and its metrics.
+    """
+
+    def __init__(self, on_metrics: Callable[[int, dict[str, float]], None]):
+        self._on_metrics = on_metrics
+        self._in_flight: collections.deque[tuple[int, Any]] = collections.deque()
+
+    def put(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Adds the metrics of a step, and reads those that are ready.
+
+        Raises:
+          Diverged: if a loss is not finite.
+        """
+        self._in_flight.append((step, metrics))
+        while self._in_flight and (
+            len(self._in_flight) >= _MAX_STEPS_IN_FLIGHT
+            or self._in_flight[0][1]["loss"].is_ready()
+        ):
+            self._read()
+
+    def flush(self) -> None:
+        """Waits for all steps and reads what is left.
+
+        Raises:
+          Diverged: if a loss is not finite.
+        """
+        while self._in_flight:
+            self._read()
+
+    def _read(self) -> None:
+        step, on_device = self._in_flight.popleft()
+        metrics = {k: v.item() for k, v in jax.device_get(on_device).items()}
+        if not math.isfinite(metrics["loss"]):
+            raise Diverged(f"the loss is {metrics['loss']} at step {step}", step)
+        self._on_metrics(step, metrics)
 
 
 def make_eval_step(
-    apply: Callable[[modeling.Params, modeling.Batch, jax.Array | None], jax.Array],
-) -> Callable[[modeling.Params, modeling.Batch], tuple[jax.Array, jax.Array]]:
+    apply: modeling.Apply, *, is_regression: bool = False
+) -> Callable[[modeling.Params, Mapping[str, Any]], tuple[jax.Array, jax.Array]]:
     """Returns the jitted ``(params, batch) -> (losses, predictions)``, one per row."""
 
     @jax.jit
     def eval_step(params, batch):
-        logits = apply(params, batch, None)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = _full_precision(apply(params, batch, None))
+        if is_regression:
+            return jnp.square(logits[:, 0] - batch["labels"]), logits[:, 0]
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, batch["labels"]
         )

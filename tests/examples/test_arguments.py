@@ -72,6 +72,35 @@ def test_what_argparse_refuses(argv, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--train_file a.csv --do_eval", "--do_eval needs --task_name or --validation"),
+        ("--train_file a.csv --eval_strategy epoch", "--do_eval needs --task_name"),
+        ("--train_file a.csv --do_predict", "--do_predict needs --task_name or --test"),
+        (
+            "--task_name qqp --load_best_model_at_end --eval_strategy steps",
+            "to be the same, steps or epoch, got steps and epoch",
+        ),
+        (
+            "--task_name qqp --load_best_model_at_end --eval_strategy steps "
+            "--save_strategy steps --eval_steps 7 --save_steps 10",
+            "--save_steps 10 to be a multiple of --eval_steps 7",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    required = "--model_name_or_path somewhere --output_dir out --do_train"
+    with pytest.raises(UserError, match=message):
+        parse_arguments([*required.split(), *flags.split()])
+
+
+def test_flags_that_imply_others():
+    args = parse_arguments([*REQUIRED, "--eval_strategy", "steps", "--task_name=QQP"])
+    assert args.do_eval
+    assert args.task_name == "qqp"
+
+
 def test_nothing_to_do_is_an_error():
-    with pytest.raises(UserError, match="--do_train, --do_eval or both"):
+    with pytest.raises(UserError, match="--do_train, --do_eval, --do_predict or more"):
         parse_arguments(REQUIRED[:-1])

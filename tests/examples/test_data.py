@@ -1,48 +1,90 @@
 import collections
+import threading
 
+import datasets
 import numpy as np
 import pytest
 import toy_bert
 from bert_finetune import data, pretrained
 
 
-@pytest.fixture
-def tokenizer(tmp_path):
-    return pretrained.read_tokenizer(toy_bert.write_model(tmp_path))
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return pretrained.read_tokenizer(toy_bert.write_model(tmp_path_factory.mktemp("m")))
+
+
+def tokenize(tokenizer, columns, max_length, **options):
+    dataset = datasets.Dataset.from_dict(columns)
+    targets = {"labels": np.arange(len(dataset), dtype=np.int32)}
+    return data.tokenize(
+        dataset, tokenizer, list(columns), targets, max_length, **options
+    )
 
 
 def test_pairs_as_bert_sees_them(tokenizer):
-    features = data.tokenize(
-        tokenizer, [["Good film", "red " * 9], ["no", "blue cat"]], [1, 0], 8
+    features = tokenize(
+        tokenizer, {"a": ["Good film", "red " * 9], "b": ["no", "blue cat"]}, 8
     )
-    tokens = [tokenizer.convert_ids_to_tokens(row) for row in features.input_ids]
+    batch = data.batch_of(features, np.array([0, 1]), 2, [8])
+    tokens = [tokenizer.convert_ids_to_tokens(row) for row in batch["input_ids"]]
     assert tokens == [
         "[CLS] good film [SEP] no [SEP] [PAD] [PAD]".split(),
         # The longer text gives way.
         "[CLS] red red red [SEP] blue cat [SEP]".split(),
     ]
-    assert features.attention_mask.tolist() == [[1] * 6 + [0] * 2, [1] * 8]
-    assert features.token_type_ids.tolist() == [
+    assert batch["attention_mask"].tolist() == [[1] * 6 + [0] * 2, [1] * 8]
+    assert batch["token_type_ids"].tolist() == [
         [0, 0, 0, 0, 1, 1, 0, 0],
         [0, 0, 0, 0, 0, 1, 1, 1],
     ]
-    assert features.labels.tolist() == [1, 0]
+    assert batch["labels"].tolist() == [0, 1]
+    assert {column.dtype for name, column in batch.items() if name != "weights"} == {
+        np.dtype(np.int32)
+    }
 
 
-def test_tokenised_in_pieces(tokenizer, monkeypatch):
-    texts = [["good", "bad film", "no", "yes yes", "red"]]
-    whole = data.tokenize(tokenizer, texts, [0, 1, 0, 1, 0], 6)
-    monkeypatch.setattr(data, "_TOKENIZER_CHUNK", 2)
-    for a, b in zip(
-        whole, data.tokenize(tokenizer, texts, [0, 1, 0, 1, 0], 6), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+def test_tokens_are_cached_until_something_changes(tmp_path, tokenizer):
+    toy_bert.write_parquet(tmp_path / "data.parquet", {"a": ["good", "bad film"]})
+    dataset = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "data.parquet"), split="train"
+    )
+    calls = []
+
+    class Counting(type(tokenizer)):
+        def __call__(self, *args, **kwargs):
+            calls.append(args)
+            return super().__call__(*args, **kwargs)
+
+    counting = Counting.from_pretrained(toy_bert.write_model(tmp_path / "model"))
+    targets = {"labels": np.zeros(2, np.int32)}
+
+    def tokenise(length, **options):
+        return data.tokenize(dataset, counting, ["a"], targets, length, **options)
+
+    first = tokenise(8)
+    again = tokenise(8)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    tokenise(3)
+    assert len(calls) == 2
+    tokenise(8, overwrite_cache=True)
+    assert len(calls) == 3
 
 
-def features_of(size):
-    column = np.arange(size)
-    matrix = column[:, None] * np.ones(3, int)
-    return data.Features(matrix, matrix, matrix, column)
+def features_of(sizes, seed=0):
+    """Examples of these sizes; the first token of each is its number."""
+    rng = np.random.default_rng(seed)
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    tokens = rng.integers(1, 50, starts[-1]).astype(np.int32)
+    tokens[starts[:-1]] = np.arange(len(sizes))
+    labels = np.arange(len(sizes), dtype=np.int32)
+    return data.Features(
+        tokens, (tokens % 2).astype(np.int8), starts, {"labels": labels}, 0
+    )
+
+
+def train_data_of(sizes, batch_size, num_steps, lengths=(8,), seed=1):
+    return data.TrainData(features_of(sizes), batch_size, num_steps, lengths, seed)
 
 
 def seen(batch):
@@ -50,32 +92,103 @@ def seen(batch):
 
 
 def test_every_epoch_has_every_example_once_in_another_order():
-    features = features_of(10)
-    batches = list(data.train_batches(features, 4, 6, seed=1))
+    sizes = [3] * 10
+    batches = list(data.train_batches(train_data_of(sizes, 4, 6)))
     assert [len(seen(batch)) for batch in batches] == [4, 4, 2, 4, 4, 2]
     epochs = [sum(map(seen, batches[:3]), []), sum(map(seen, batches[3:]), [])]
     assert epochs[0] != epochs[1]
     assert all(collections.Counter(e) == collections.Counter(range(10)) for e in epochs)
-    again = list(data.train_batches(features, 4, 6, seed=1))
+    again = data.train_batches(train_data_of(sizes, 4, 6))
     assert list(map(seen, again)) == list(map(seen, batches))
-    other = list(data.train_batches(features, 4, 6, seed=2))
+    other = data.train_batches(train_data_of(sizes, 4, 6, seed=2))
     assert list(map(seen, other)) != list(map(seen, batches))
     for batch in batches:
-        assert batch["input_ids"].shape == (4, 3)
+        assert batch["input_ids"].shape == (4, 8)
         np.testing.assert_array_equal(batch["input_ids"][:, 0], batch["labels"])
 
 
-def test_distinct_tokens_of_the_batches_to_come():
-    tokens = np.random.default_rng(0).integers(0, 50, (23, 6))
-    features = data.Features(tokens, tokens, tokens, np.arange(23))
-    for num_steps in (1, 5, 13):
-        batches = data.train_batches(features, 4, num_steps, seed=1)
-        expected = max(len(np.unique(batch["input_ids"])) for batch in batches)
-        assert data.max_distinct_tokens(features, 4, num_steps, seed=1) == expected
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 6])
+def test_the_order_goes_on_where_it_stopped(start):
+    train_data = train_data_of([3] * 10, 4, 7)
+    whole = list(map(seen, data.train_batches(train_data)))
+    assert list(map(seen, data.train_batches(train_data, start))) == whole[start:]
+
+
+@pytest.mark.parametrize("max_length", [17, 32, 100, 128, 512])
+def test_lengths_rise_to_the_longest(max_length):
+    lengths = data.batch_lengths(max_length)
+    assert lengths == sorted(set(lengths))
+    assert lengths[-1] == max_length
+    assert max_length > 32 or len(lengths) == 1
+
+
+def test_a_batch_is_padded_to_the_smallest_length_that_holds_it():
+    sizes = np.random.default_rng(0).integers(1, 9, 40)
+    short = train_data_of(sizes, 3, 30, lengths=(2, 4, 8))
+    fixed = short._replace(lengths=(8,))
+    lengths = set()
+    batches = zip(data.train_batches(short), data.train_batches(fixed), strict=True)
+    for batch, padded in batches:
+        length = batch["input_ids"].shape[1]
+        lengths.add(length)
+        longest = padded["attention_mask"].sum(axis=1).max()
+        assert longest <= length <= max(2, 2 * longest - 1)
+        for name, column in batch.items():
+            np.testing.assert_array_equal(
+                column, padded[name][:, :length] if column.ndim > 1 else padded[name]
+            )
+        assert not np.any(padded["input_ids"][:, length:])
+    assert len(lengths) > 1
+    assert data.survey(short).lengths == sorted(lengths)
+    assert data.survey(fixed).lengths == [8]
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 13])
+@pytest.mark.parametrize("lengths", [(8,), (2, 4, 8)])
+def test_distinct_tokens_of_the_batches_to_come(num_steps, lengths):
+    sizes = np.random.default_rng(0).integers(1, 9, 23)
+    train_data = train_data_of(sizes, 4, num_steps, lengths)
+    batches = data.train_batches(train_data)
+    expected = max(len(np.unique(batch["input_ids"])) for batch in batches)
+    assert data.survey(train_data).max_distinct_tokens == expected
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 9])
 def test_evaluation_sees_every_example_once_in_order(size):
-    batches = list(data.eval_batches(features_of(size), 4))
+    batches = list(data.eval_batches(features_of([3] * size), 4, [8]))
     assert all(batch["labels"].shape == (4,) for batch in batches)
     assert sum(map(seen, batches), []) == list(range(size))
+
+
+def test_prefetching_changes_nothing_and_runs_ahead_a_little():
+    made, main = [], threading.get_ident()
+
+    def numbers():
+        for i in range(20):
+            made.append(threading.get_ident())
+            yield i
+
+    coming = data.prefetch(numbers())
+    assert next(coming) == 0
+    assert [0, *coming] == list(range(20))
+    assert len(made) == 20
+    assert main not in made
+
+
+def test_an_error_while_prefetching_comes_in_its_turn():
+    def numbers():
+        yield 1
+        raise ValueError("the second")
+
+    coming = data.prefetch(numbers())
+    assert next(coming) == 1
+    with pytest.raises(ValueError, match="the second"):
+        next(coming)
+
+
+def test_prefetching_ends_with_its_reader():
+    before = threading.active_count()
+    coming = data.prefetch(iter(range(100)))
+    next(coming)
+    coming.close()
+    assert threading.active_count() == before

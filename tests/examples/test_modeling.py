@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_bert
-from bert_finetune import modeling, pretrained
+from bert_finetune import modeling, pretrained, training
 from bert_finetune.errors import UserError
 from transformers import BertConfig
 
@@ -91,6 +91,24 @@ def test_padding_is_not_seen():
     )
     cut = {name: column[:1, :4] for name, column in batch.items()}
     np.testing.assert_allclose(apply(params, cut, None), logits[:1], rtol=1e-5)
+
+
+def test_bfloat16_is_of_the_computation_alone():
+    apply, params, batch = toy_apply()
+    config = BertConfig(**toy_bert.CONFIG, num_labels=3)
+    narrow = modeling.make_apply(
+        config, modeling.BertForSequenceClassification, dtype=jnp.bfloat16
+    )
+    logits = narrow(params, batch, None)
+    assert logits.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(logits, np.float32), apply(params, batch, None), rtol=0.05
+    )
+    loss_fn = training.classification_loss(narrow)
+    batch = {**batch, "labels": np.array([0, 2]), "weights": np.ones(2, np.float32)}
+    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, None)
+    assert loss.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
 def test_dropout_follows_key_and_config():

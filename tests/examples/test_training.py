@@ -8,7 +8,6 @@ import optax
 import pytest
 from bert_finetune import data, modeling, optimizers, pretrained, training
 from bert_finetune.arguments import parse_arguments
-from bert_finetune.errors import UserError
 
 import mfac_jax
 
@@ -31,9 +30,9 @@ def micro_losses(optimizer, dtype, num_steps):
         traces.append(args)
         return loss_fn(*args)
 
-    step = training.make_train_step(traced_loss_fn, optimizer, 0)
+    step = training.make_train_step(traced_loss_fn, optimizer)
     recorded = dict(np.load(MICRO / "batches.npz"))
-    state = training.init_state(params, optimizer)
+    state = training.init_state(params, optimizer, seed=0)
     losses = []
     for i in range(num_steps):
         batch = {name: column[i % 6] for name, column in recorded.items()}
@@ -73,10 +72,22 @@ def apply_scalar(params, batch, dropout_key):
     return jnp.stack([jnp.zeros_like(logit), logit], axis=1)
 
 
+def features_of(inputs, labels):
+    labels = np.asarray(labels)
+    if np.issubdtype(labels.dtype, np.integer):
+        labels = labels.astype(np.int32)
+    return data.Features(
+        np.asarray(inputs, np.int32),
+        np.zeros(len(inputs), np.int8),
+        np.arange(len(inputs) + 1),
+        {"labels": labels},
+        0,
+    )
+
+
 def batch_of(inputs, labels, batch_size):
-    column = np.asarray(inputs, np.int32)[:, None]
-    features = data.Features(column, column, column, np.asarray(labels, np.int32))
-    return data.batch_of(features, np.arange(len(labels)), batch_size)
+    features = features_of(inputs, labels)
+    return data.batch_of(features, np.arange(len(inputs)), batch_size, [1])
 
 
 def test_rows_that_fill_up_a_batch_do_not_count():
@@ -93,12 +104,10 @@ def test_rows_that_fill_up_a_batch_do_not_count():
 
 
 def test_predictions_are_in_order_and_once_each():
-    column = np.array([[3], [-2], [5], [-1], [4]], np.int32)
-    features = data.Features(column, column, column, np.array([1, 0, 0, 0, 1]))
     losses, predictions = training.predict(
         {"w": jnp.float32(1.0)},
         training.make_eval_step(apply_scalar),
-        data.eval_batches(features, 2),
+        data.eval_batches(features_of([3, -2, 5, -1, 4], [1, 0, 0, 0, 1]), 2, [1]),
         5,
     )
     assert predictions.tolist() == [1, 0, 1, 0, 1]
@@ -107,19 +116,42 @@ def test_predictions_are_in_order_and_once_each():
     )
 
 
-def train_scalar(optimizer, batches, schedule=lambda step: 0.1):
-    records = []
-    state = training.init_state({"w": jnp.float32(0.0)}, optimizer)
-    state = training.train(
-        state,
-        training.make_train_step(
-            training.classification_loss(apply_scalar), optimizer, seed=0
-        ),
-        batches,
-        len(batches),
-        schedule,
-        lambda step, metrics: records.append((step, metrics)),
+def test_a_regression_is_squared_error():
+    def apply(params, batch, dropout_key):
+        return (params["w"] * batch["input_ids"]).astype(jnp.bfloat16)
+
+    params, labels = {"w": jnp.float32(0.5)}, np.array([1.5, 1.0], np.float32)
+    loss, metrics = training.regression_loss(apply)(
+        params, batch_of([2, 4], labels, 5), None
     )
+    assert loss == pytest.approx((0.5**2 + 1.0**2) / 2)
+    assert not metrics
+    losses, predictions = training.predict(
+        params,
+        training.make_eval_step(apply, is_regression=True),
+        data.eval_batches(features_of([2, 4], labels), 3, [1]),
+        2,
+    )
+    assert losses.tolist() == [0.25, 1.0]
+    assert predictions.tolist() == [1.0, 2.0]
+
+
+def train_scalar(optimizer, batches, *, schedule=None, **options):
+    records = []
+    state = training.init_state({"w": jnp.float32(0.0)}, optimizer, seed=0)
+    step_fn = training.make_train_step(
+        training.classification_loss(apply_scalar),
+        optimizer,
+        schedule=schedule,
+        **options,
+    )
+    queue = training.MetricsQueue(
+        lambda step, metrics: records.append((step, dict(metrics)))
+    )
+    for step, batch in enumerate(batches, start=1):
+        state, metrics = step_fn(state, batch)
+        queue.put(step, metrics)
+    queue.flush()
     return state, records
 
 
@@ -137,6 +169,22 @@ def test_every_step_is_reported_once_in_order():
     assert state.params["w"] > 0
 
 
+@pytest.mark.parametrize("size", [12, 7, 3])
+def test_accumulation_averages_over_all_examples(size):
+    """As one forward pass over all of them, also where a part is short or empty."""
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.integers(-5, 5, size), rng.integers(0, 2, size)
+    batches = [batch_of(inputs, labels, 12)] * 5
+    results = [
+        train_scalar(optax.sgd(0.1), batches, accumulation_steps=steps)
+        for steps in (1, 4)
+    ]
+    (whole, whole_records), (parts, part_records) = results
+    np.testing.assert_allclose(parts.params["w"], whole.params["w"], rtol=1e-5)
+    for (_, expected), (_, found) in zip(whole_records, part_records, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_state_of_mfac_is_reported():
     batches = [batch_of([1, -1], [1, 0], 2)] * 3
     _, records = train_scalar(mfac_jax.mfac(0.1, num_grads=2, damp=0.1), batches)
@@ -145,10 +193,50 @@ def test_the_state_of_mfac_is_reported():
         assert records[-1][1][name] == 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+def test_a_loss_that_is_not_finite_is_an_error():
     batches = [batch_of([1, -1], [0, 1], 2)] * 40
-    with pytest.raises(UserError, match="step 2: training has diverged"):
+    with pytest.raises(training.Diverged, match="step 2: training has diverged"):
         train_scalar(optax.sgd(float("inf")), batches)
+
+
+def test_parameters_that_are_not_finite_are_an_error():
+    state = training.init_state(
+        {"a": jnp.ones(2), "b": jnp.ones(2)}, optax.sgd(1.0), seed=0
+    )
+    training.check_finite(state)
+    bad = state._replace(params={"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])})
+    with pytest.raises(training.Diverged, match="after step 0"):
+        training.check_finite(bad)
+
+
+def test_all_lengths_are_compiled_before_the_first_step():
+    traces = []
+
+    def apply(params, batch, dropout_key):
+        traces.append(batch["input_ids"].shape)
+        logit = params["w"] * jnp.sum(batch["input_ids"], axis=1)
+        return jnp.stack([jnp.zeros_like(logit), logit], axis=1)
+
+    features = features_of([1, 2, 3, 4, 5, 6], [0] * 3)._replace(
+        starts=np.array([0, 1, 2, 6])
+    )
+    optimizer = optax.sgd(0.1)
+    state = training.init_state({"w": jnp.float32(0.0)}, optimizer, seed=0)
+    batches = [
+        data.batch_of(features, indices, 2, [1, 4])
+        for indices in (np.array([0, 1]), np.array([1, 2]))
+    ]
+    step_fn = training.compile_for_lengths(
+        training.make_train_step(training.classification_loss(apply), optimizer),
+        jax.eval_shape(lambda: state),
+        batches[0],
+        [1, 4],
+    )
+    assert len(traces) == 2
+    for batch in [*batches, *batches]:
+        state, _ = step_fn(state, batch)
+    assert int(state.step) == 4
+    assert len(traces) == 2
 
 
 def test_the_host_runs_ahead_of_the_device():
@@ -162,13 +250,6 @@ def test_the_host_runs_ahead_of_the_device():
         def is_ready(self):
             return False
 
-    def train_step(state, batch):
-        dispatched.append(len(ready))
-        return state, {"loss": Later()}
-
-    def collect(step, metrics):
-        ready.append(step)
-
     device_get = jax.device_get
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -176,7 +257,10 @@ def test_the_host_runs_ahead_of_the_device():
             "device_get",
             lambda tree: device_get({k: v.value for k, v in tree.items()}),
         )
-        batch = batch_of([1, -1], [1, 0], 2)
-        training.train(None, train_step, [batch] * 50, 50, lambda step: 0.1, collect)
+        queue = training.MetricsQueue(lambda step, metrics: ready.append(step))
+        for step in range(1, 51):
+            dispatched.append(len(ready))
+            queue.put(step, {"loss": Later()})
+        queue.flush()
     assert ready == list(range(1, 51))
     assert dispatched[:10] == [0] * 10

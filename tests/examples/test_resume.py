@@ -1,0 +1,417 @@
+"""Runs that are killed, stopped, or find their checkpoints damaged."""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import run_glue
+import toy_bert
+from bert_finetune import checkpoints, glue, training_log
+from bert_finetune.errors import Interrupted, UserError
+from safetensors.numpy import load_file
+
+NUM_STEPS = 24  # Of ten an epoch.
+MFAC = ["--optim", "MFAC", "--optim_args", '{"lr": 1e-2, "num_grads": 8, "damp": 1e-4}']
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    toy_bert.write_model(root / "model")
+    toy_bert.write_task(root / "glue", "sst2", num_train=40)
+    return root
+
+
+def command(root, output_dir, *flags):
+    return [
+        *("--model_name_or_path", str(root / "model"), "--task_name", "sst2"),
+        *("--dataset_name", str(root / "glue"), "--output_dir", str(output_dir)),
+        *("--max_seq_length", "16", "--per_device_train_batch_size", "4", *MFAC),
+        *("--do_train", "--max_steps", str(NUM_STEPS), "--logging_steps", "3"),
+        *("--save_strategy", "steps", "--save_steps", "7", *flags),
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(root):
+    """A run that nothing disturbed, with all its checkpoints."""
+    run_glue.main(command(root, root / "unbroken", "--save_total_limit", "9"))
+    return root / "unbroken"
+
+
+def started(unbroken, output_dir, *, until):
+    """Makes the output directory of a run that ended after a checkpoint."""
+    shutil.copytree(unbroken, output_dir)
+    for path in checkpoints.find_checkpoints(output_dir):
+        if int(path.name.split("-")[1]) > until:
+            shutil.rmtree(path)
+    (output_dir / "model.safetensors").unlink()
+    return output_dir
+
+
+def steps_of(output_dir):
+    paths = checkpoints.find_checkpoints(output_dir)
+    return [int(path.name.split("-")[1]) for path in paths]
+
+
+def lines_of(output_dir):
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same_model(output_dir, other):
+    first, second = (load_file(d / "model.safetensors") for d in (output_dir, other))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(tensor, second[name])
+
+
+def test_a_checkpoint_is_a_model_directory(unbroken):
+    assert steps_of(unbroken) == [24, 21, 14, 7]
+    for name in ("config.json", "tokenizer.json", "trainer_state.json", "state"):
+        assert (unbroken / "checkpoint-24" / name).exists()
+    assert_same_model(unbroken / "checkpoint-24", unbroken)
+
+
+def test_killed_in_mid_epoch_and_resumed_to_the_bit(root, tmp_path, unbroken):
+    """With SIGKILL, in a process of its own; the window is in the checkpoint."""
+    argv = command(root, tmp_path)
+    script = f"""
+        import os, signal, sys
+        import run_glue
+        from bert_finetune import training_log
+        take_in = training_log.TrainingLog.step
+        def step(self, step, metrics):
+            take_in(self, step, metrics)
+            if step == 17:
+                os.kill(os.getpid(), signal.SIGKILL)
+        training_log.TrainingLog.step = step
+        run_glue.main({argv})
+    """
+    examples = pathlib.Path(run_glue.__file__).parent
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{examples}{os.pathsep}{examples.parent}",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert steps_of(tmp_path) == [14]  # --save_total_limit is 1.
+    assert not (tmp_path / "model.safetensors").exists()
+    # The lines after step 14 come again, a torn one goes.
+    assert lines_of(tmp_path)[-1]["step"] == 15
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 18, "lo')
+    run_glue.main(argv)
+    assert_same_model(tmp_path, unbroken)
+    assert lines_of(tmp_path) == lines_of(unbroken)
+    assert steps_of(tmp_path) == [24]
+
+
+@pytest.mark.parametrize("flags", [[], ["path"]])
+def test_ways_to_say_where_to_go_on(root, tmp_path, unbroken, flags, capsys):
+    out = tmp_path / "out"
+    if flags == ["path"]:
+        checkpoint = unbroken / "checkpoint-14"
+        flags = [str(checkpoint)]
+    else:
+        checkpoint = started(unbroken, out, until=14) / "checkpoint-14"
+    run_glue.main(command(root, out, "--resume_from_checkpoint", *flags))
+    assert f"Going on from {checkpoint}." in capsys.readouterr().out
+    assert_same_model(out, unbroken)
+
+
+def test_a_finished_run_is_not_trained_again(root, tmp_path, unbroken):
+    out = shutil.copytree(unbroken, tmp_path / "out")
+    results = run_glue.main(command(root, out, "--do_eval"))
+    assert results["eval_samples"] == 37
+    assert_same_model(out, unbroken)
+    assert lines_of(out)[:-1] == lines_of(unbroken)
+    assert lines_of(out)[-1]["eval_loss"] == results["eval_loss"]
+    before, after = (
+        json.loads((directory / "train_results.json").read_text())
+        for directory in (unbroken, out)
+    )
+    for name in ("train_loss", "damp", "num_raised", "epoch"):
+        assert before[name] == after[name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(
+    root, tmp_path, unbroken, monkeypatch, number
+):
+    take_in = training_log.TrainingLog.step
+
+    def step(self, step, metrics):
+        take_in(self, step, metrics)
+        if step == 5:
+            os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_log.TrainingLog, "step", step)
+        with pytest.raises(
+            Interrupted, match=r"step (\d+) of 24. It is saved in .*checkpoint-\1."
+        ) as caught:
+            run_glue.main(command(root, tmp_path))
+    assert caught.value.exit_code == 128 + number
+    assert signal.getsignal(number) is handler
+    run_glue.main(command(root, tmp_path))
+    assert_same_model(tmp_path, unbroken)
+    assert lines_of(tmp_path) == lines_of(unbroken)
+
+
+def tear(path):
+    """Cuts a file of the state short."""
+    files = [f for f in (path / "state").rglob("*") if f.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def garble(path):
+    """Fills a file of the state with noise of the same size."""
+    for file in (path / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"x" * file.stat().st_size)
+
+
+def make_foreign(path):
+    """As another program may have left it."""
+    shutil.rmtree(path / "state")
+    (path / "trainer_state.json").write_text('{"global_step": 14}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (tear, "checkpoint-14 is torn: state/.* is not as it was written"),
+        (garble, "checkpoint-14 cannot be read"),
+        (make_foreign, "checkpoint-14 is not a checkpoint of this trainer"),
+    ],
+)
+def test_a_bad_checkpoint_is_named_and_skipped(
+    root, tmp_path, unbroken, damage, message, capsys
+):
+    out = started(unbroken, tmp_path / "out", until=14)
+    damage(out / "checkpoint-14")
+    run_glue.main(command(root, out))
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err)
+    assert f"Going on from {out / 'checkpoint-7'}." in captured.out
+    assert_same_model(out, unbroken)
+    assert lines_of(out) == lines_of(unbroken)
+
+
+def test_checkpoints_of_another_run_are_refused_and_kept(root, tmp_path, unbroken):
+    out = shutil.copytree(unbroken, tmp_path / "out")
+
+    def contents():
+        return {
+            path: path.read_bytes()
+            for path in out.rglob("*")
+            if path.is_file() and path.name != ".lock"
+        }
+
+    before = contents()
+    with pytest.raises(UserError, match="no checkpoint can be used"):
+        run_glue.main(command(root, out, "--seed", "1"))
+    assert contents() == before
+    checkpoint = started(unbroken, tmp_path / "other", until=7) / "checkpoint-7"
+    with pytest.raises(UserError, match="is not empty"):
+        run_glue.main(command(root, out, "--resume_from_checkpoint", str(checkpoint)))
+    assert contents() == before
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        run_glue.main(
+            command(root, tmp_path / "new", "--resume_from_checkpoint", "last")
+        )
+    with pytest.raises(UserError, match="is no directory"):
+        run_glue.main(
+            command(root, tmp_path / "new", "--resume_from_checkpoint", "nowhere")
+        )
+
+
+def test_overwriting_starts_anew_and_leaves_no_old_checkpoint(root, tmp_path, unbroken):
+    out = shutil.copytree(unbroken, tmp_path / "out")
+    flags = ["--overwrite_output_dir", "--save_strategy", "no"]
+    run_glue.main(command(root, out, *flags))
+    assert steps_of(out) == []
+    assert lines_of(out) == lines_of(unbroken)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(root, tmp_path, unbroken):
+    out = started(unbroken, tmp_path / "out", until=0)
+    run_glue.main(command(root, out))
+    assert_same_model(out, unbroken)
+    assert lines_of(out) == lines_of(unbroken)
+
+
+def test_without_the_window_a_resumed_run_starts_with_an_empty_one(
+    root, tmp_path, unbroken, capsys
+):
+    flags = ["--save_window", "false", "--save_total_limit", "9"]
+    run_glue.main(command(root, tmp_path, *flags))
+    out = capsys.readouterr().out
+    assert "are not kept in checkpoints: a resumed run starts with an empty" in out
+    assert_same_model(tmp_path, unbroken)
+
+    def nbytes(directory):
+        state = directory / "checkpoint-24" / "state"
+        return sum(file.stat().st_size for file in state.rglob("*") if file.is_file())
+
+    assert nbytes(tmp_path) < nbytes(unbroken)
+    for step in (21, 24):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    run_glue.main(command(root, tmp_path))
+    assert "It holds no window: M-FAC starts with an empty one." in (
+        capsys.readouterr().out
+    )
+    lines = {line["step"]: line["loss"] for line in lines_of(tmp_path)}
+    expected = {line["step"]: line["loss"] for line in lines_of(unbroken)}
+    assert lines.keys() == expected.keys()
+    assert lines[12] == expected[12]
+    assert lines[24] != expected[24]
+    assert np.isfinite(lines[24])
+
+
+def test_a_full_disk_loses_nothing(root, tmp_path, unbroken, monkeypatch, capsys):
+    """Where a checkpoint cannot be written, training goes on, the last one stays."""
+    save = checkpoints.save
+
+    def save_on_a_small_disk(output_dir, state, *args, **kwargs):
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if int(state.step) > 7:
+            # The model fits, the window does not.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, unlimited[1]))
+        try:
+            return save(output_dir, state, *args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", save_on_a_small_disk)
+        run_glue.main(command(root, tmp_path))
+    warnings = capsys.readouterr().err
+    for step in (14, 21, 24):
+        assert f"checkpoint-{step} cannot be written: " in warnings
+    assert "File too large" in warnings
+    assert "Traceback" not in warnings
+    assert steps_of(tmp_path) == [7]
+    assert not list(tmp_path.glob(".saving*"))
+    assert_same_model(tmp_path, unbroken)
+    run_glue.main(command(root, tmp_path))
+    assert_same_model(tmp_path, unbroken)
+
+
+def test_divergence_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
+    """Also where the loss is still finite when the parameters are not any more."""
+    from bert_finetune import training
+
+    make_train_step = training.make_train_step
+
+    def make_diverging(*args, **kwargs):
+        train_step = make_train_step(*args, **kwargs)
+
+        class Diverging:
+            def lower(self, *shapes):
+                compiled = train_step.lower(*shapes).compile()
+
+                def step(state, batch):
+                    state, metrics = compiled(state, batch)
+                    scale = np.where(state.step == 14, np.nan, 1).astype(np.float32)
+                    params = {**state.params}
+                    params["classifier"] = {
+                        name: scale * leaf
+                        for name, leaf in params["classifier"].items()
+                    }
+                    return state._replace(params=params), metrics
+
+                class Compiled:
+                    def compile(self):
+                        return step
+
+                return Compiled()
+
+        return Diverging()
+
+    monkeypatch.setattr(training, "make_train_step", make_diverging)
+    with pytest.raises(
+        UserError,
+        match=r"not finite after step 14: .*checkpoint-7 is the last good checkpoint",
+    ):
+        run_glue.main(command(root, tmp_path))
+    assert steps_of(tmp_path) == [7]
+    with pytest.raises(UserError, match=r"the loss is nan at step 15: .* diverged"):
+        run_glue.main(command(root, tmp_path / "no", "--save_strategy", "no"))
+
+
+def test_two_runs_in_one_directory(root, tmp_path, monkeypatch):
+    errors = []
+    take_in = training_log.TrainingLog.step
+
+    def step(self, step, metrics):
+        take_in(self, step, metrics)
+        if step == 5:
+            with pytest.raises(UserError, match="another run is using") as caught:
+                run_glue.main(command(root, tmp_path))
+            errors.append(caught.value)
+
+    monkeypatch.setattr(training_log.TrainingLog, "step", step)
+    run_glue.main(command(root, tmp_path))
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "save_steps", "values", "best"),
+    [
+        # The evaluations after steps 7 and 21 have no checkpoint.
+        ("loss", 14, [0.0, 2.0, 1.0, 3.0], 14),
+        ("accuracy", 7, [0.1, 0.9, 0.2, 0.2], 14),
+        ("accuracy", 7, [np.nan] * 4, None),
+    ],
+)
+def test_the_best_checkpoint_is_kept_and_loaded(
+    root, tmp_path, monkeypatch, metric, save_steps, values, best
+):
+    coming, evaluate = iter([*values, 0.0]), glue._evaluate
+    monkeypatch.setattr(
+        glue,
+        "_evaluate",
+        lambda *args: evaluate(*args) | {f"eval_{metric}": next(coming)},
+    )
+    flags = ["--do_eval", "--eval_strategy", "steps", "--eval_steps", "7"]
+    flags += ["--load_best_model_at_end", "--metric_for_best_model", metric]
+    run_glue.main(command(root, tmp_path, *flags, "--save_steps", str(save_steps)))
+    evaluations = [line for line in lines_of(tmp_path) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [7, 14, 21, 24]
+    assert steps_of(tmp_path) == ([24] if best is None else [24, best])
+    assert_same_model(tmp_path, tmp_path / f"checkpoint-{best or 24}")
+
+
+def test_going_back_keeps_what_is_saved_on_the_way(root, tmp_path, unbroken):
+    out = shutil.copytree(unbroken, tmp_path / "out")
+    argv = command(root, out, "--resume_from_checkpoint", str(out / "checkpoint-7"))
+    saved = []
+    with pytest.MonkeyPatch.context() as patch:
+        remove_old = checkpoints.remove_old
+
+        def remove(*args):
+            remove_old(*args)
+            saved.append(steps_of(out))
+
+        patch.setattr(checkpoints, "remove_old", remove)
+        run_glue.main(argv)
+    assert saved == [[24, 21, 14], [24, 21], [24]]
+    assert_same_model(out, unbroken)
