@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bert_finetune import data, glue, hub, modeling, pretrained, training
+from bert_finetune import data, glue, splits
 from bert_finetune.arguments import Arguments, parse_arguments
 from step_time import best_time, environment
 
@@ -27,30 +27,20 @@ import mfac_jax
 Gradients = list[Any]
 
 
-def qqp_gradients(args: Arguments, num_steps: int) -> tuple[Gradients, dict[str, int]]:
+def qqp_gradients(args: Arguments) -> tuple[Gradients, dict[str, int]]:
     """Returns the clipped gradients of a short run, and the rows that they can have."""
-    model_class = modeling.BertForSequenceClassification
-    model = pretrained.load_pretrained(
-        hub.resolve_model(args.model_name_or_path),
-        model_class,
-        label_names=list(glue.TASKS["qqp"].label_names),
-        seed=args.seed,
+    classifier = glue.load_classifier(args)
+    run = glue.plan_training(
+        classifier,
+        splits.load_split(args, classifier.task, "train", args.max_train_samples),
     )
-    dataset = glue.load_split(args, "train", args.max_train_samples)
-    texts = [dataset[column] for column in glue.TASKS["qqp"].text_columns]
-    features = data.tokenize(
-        model.tokenizer, texts, dataset["label"], args.max_seq_length
-    )
-    order = args.per_device_train_batch_size, num_steps, args.seed
     max_rows = {
-        "word_embeddings": data.max_distinct_tokens(features, *order),
+        "word_embeddings": data.survey(run.train_data).max_distinct_tokens,
         "position_embeddings": args.max_seq_length,
     }
-    loss_fn = training.classification_loss(
-        modeling.make_apply(model.config, model_class)
-    )
+    loss_fn = run.loss_fn
     clip = optax.clip_by_global_norm(1.0)
-    opt = mfac_jax.mfac(1e-4, num_steps, window=mfac_jax.compact_windows(max_rows))
+    opt = mfac_jax.mfac(1e-4, args.max_steps, window=mfac_jax.compact_windows(max_rows))
 
     @jax.jit
     def gradient_of(params, batch, step):
@@ -59,8 +49,9 @@ def qqp_gradients(args: Arguments, num_steps: int) -> tuple[Gradients, dict[str,
         return clip.update(gradient, clip.init(params))[0]
 
     update = jax.jit(opt.update, donate_argnums=1)
-    params, state, gradients = model.params, opt.init(model.params), []
-    for step, batch in enumerate(data.train_batches(features, *order)):
+    params, gradients = run.model.params, []
+    state = opt.init(params)
+    for step, batch in enumerate(data.train_batches(run.train_data)):
         gradients.append(gradient_of(params, batch, step))
         updates, state = update(gradients[-1], state)
         params = optax.apply_updates(params, updates)
@@ -109,9 +100,10 @@ def main() -> None:
             *("--model_name_or_path", given.model_name_or_path),
             *("--dataset_name", given.dataset_name, "--task_name", "qqp"),
             *("--per_device_train_batch_size", "32", "--max_train_samples", "20000"),
+            *("--max_steps", str(given.num_grads), "--pad_to_max_length"),
             *("--do_train", "--output_dir", output_dir),
         ]
-        gradients, max_rows = qqp_gradients(parse_arguments(flags), given.num_grads)
+        gradients, max_rows = qqp_gradients(parse_arguments(flags))
     kinds = {
         "dense float32": mfac_jax.DenseWindow(),
         "dense bfloat16": mfac_jax.DenseWindow(jnp.bfloat16),

@@ -1,0 +1,120 @@
+r"""Training steps with short batches padded shortly, against all padded to the end.
+
+    PYTHONPATH=examples python benchmarks/padded_lengths.py \
+        --model_name_or_path prajjwal1/bert-tiny
+
+Takes the same steps of QQP (batch 32, length 128, AdamW) both ways by turns, in one
+process, from batches that are made on a thread as in training, and once more without
+dropout to compare the losses. Compilation is not counted.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from bert_finetune import data, glue, modeling, splits, trainer, training
+from bert_finetune.arguments import parse_arguments
+from step_time import environment
+
+STEPS_PER_TURN = 100
+
+
+def make_run(model: str, dataset: str, flags: Sequence[str]) -> trainer.Run:
+    """Plans a run of the trainer without starting it."""
+    args = parse_arguments(
+        [
+            *("--model_name_or_path", model, "--dataset_name", dataset),
+            *("--task_name", "qqp", "--do_train", "--output_dir", "unused"),
+            *("--per_device_train_batch_size", "32", "--learning_rate", "1e-4", *flags),
+        ]
+    )
+    classifier = glue.load_classifier(args)
+    return glue.plan_training(
+        classifier, splits.load_split(args, classifier.task, "train", None)
+    )
+
+
+class Steps:
+    """Takes the steps of a run a few at a time.
+
+    Attributes:
+      seconds: spent in steps.
+      losses: of all steps.
+    """
+
+    def __init__(self, run: trainer.Run, loss_fn: training.LossFn):
+        optimizer = run.optimizer.transformation
+        params = jax.tree.map(np.asarray, run.model.params)
+        self._state = training.init_state(params, optimizer, seed=0)
+        started = time.perf_counter()
+        self._step = training.compile_for_lengths(
+            training.make_train_step(loss_fn, optimizer),
+            self._state,
+            next(data.train_batches(run.train_data)),
+            run.lengths,
+        )
+        self.compile_seconds = time.perf_counter() - started
+        self._batches = data.prefetch(data.train_batches(run.train_data))
+        self.seconds, self.losses = 0.0, []
+
+    def take(self, num_steps: int) -> None:
+        """Takes steps and waits for the last."""
+        started = time.perf_counter()
+        for batch in itertools.islice(self._batches, num_steps):
+            self._state, metrics = self._step(self._state, batch)
+            self.losses.append(metrics["loss"])
+        jax.block_until_ready(self._state)
+        self.seconds += time.perf_counter() - started
+
+
+def main() -> None:
+    """Prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--dataset_name", default="nyu-mll/glue")
+    parser.add_argument("--turns", type=int, default=6)
+    given = parser.parse_args()
+    num_steps = given.turns * STEPS_PER_TURN
+    source = given.model_name_or_path, given.dataset_name
+    runs = {
+        name: make_run(*source, ["--max_steps", str(num_steps), *flags])
+        for name, flags in {"short": [], "fixed": ["--pad_to_max_length"]}.items()
+    }
+    steps = {name: Steps(run, run.loss_fn) for name, run in runs.items()}
+    for _ in range(given.turns):
+        for taking in steps.values():
+            taking.take(STEPS_PER_TURN)
+    rates = {name: num_steps / taking.seconds for name, taking in steps.items()}
+    # The masks of dropout depend on the length.
+    losses = {}
+    for name, run in runs.items():
+        config = run.model.config
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        apply = modeling.make_apply(config, modeling.BertForSequenceClassification)
+        without = Steps(run, training.classification_loss(apply))
+        without.take(STEPS_PER_TURN)
+        losses[name] = np.array(without.losses)
+    train_data = runs["short"].train_data
+    result = {
+        "steps_per_second": rates,
+        "ratio": rates["short"] / rates["fixed"],
+        "compile_seconds": {n: taking.compile_seconds for n, taking in steps.items()},
+        "lengths": runs["short"].lengths,
+        "mean_length": float(np.diff(train_data.features.starts).mean()),
+        "mean_padded_length": float(
+            np.mean([b["input_ids"].shape[1] for b in data.train_batches(train_data)])
+        ),
+        "largest_difference_of_losses": float(
+            np.max(np.abs(losses["short"] - losses["fixed"]))
+        ),
+        **environment(),
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
