@@ -212,7 +212,19 @@ def _problem_of(action: Callable[[], None]) -> str | None:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.disable(logging.NOTSET)
     threading.excepthook, sys.unraisablehook = hooks
+    if problem is not None:
+        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
     return problem
+
+
+def _without_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Writes that orbax abandons end when they like, and miss their event loop."""
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return filtered
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:
