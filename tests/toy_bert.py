@@ -122,7 +122,7 @@ def write_task(directory, name, num_train=320, num_eval=37):
     """Writes every split of a task; words of each text give its label away.
 
     Classes 0, 1, 2 have "bad", "good", "blue"; in a regression the label is the number
-    of "good" in the last text.
+    of "good" in each text.
     """
     task, rng = tasks.TASKS[name], np.random.default_rng(0)
     giveaways = ["bad", "good", "blue"]
