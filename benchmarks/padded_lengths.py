@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from bert_finetune import data, glue, modeling, splits, trainer, training
-from bert_finetune.arguments import parse_arguments
+from bert_finetune.arguments import GlueArguments, parse_arguments
 from step_time import environment
 
 STEPS_PER_TURN = 100
@@ -26,11 +26,12 @@ STEPS_PER_TURN = 100
 def make_run(model: str, dataset: str, flags: Sequence[str]) -> trainer.Run:
     """Plans a run of the trainer without starting it."""
     args = parse_arguments(
+        GlueArguments,
         [
             *("--model_name_or_path", model, "--dataset_name", dataset),
             *("--task_name", "qqp", "--do_train", "--output_dir", "unused"),
             *("--per_device_train_batch_size", "32", "--learning_rate", "1e-4", *flags),
-        ]
+        ],
     )
     classifier = glue.load_classifier(args)
     return glue.plan_training(

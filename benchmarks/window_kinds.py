@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from bert_finetune import data, glue, splits
-from bert_finetune.arguments import Arguments, parse_arguments
+from bert_finetune.arguments import GlueArguments, parse_arguments
 from step_time import best_time, environment
 
 import mfac_jax
@@ -27,7 +27,7 @@ import mfac_jax
 Gradients = list[Any]
 
 
-def qqp_gradients(args: Arguments) -> tuple[Gradients, dict[str, int]]:
+def qqp_gradients(args: GlueArguments) -> tuple[Gradients, dict[str, int]]:
     """Returns the clipped gradients of a short run, and the rows that they can have."""
     classifier = glue.load_classifier(args)
     run = glue.plan_training(
@@ -103,7 +103,7 @@ def main() -> None:
             *("--max_steps", str(given.num_grads), "--pad_to_max_length"),
             *("--do_train", "--output_dir", output_dir),
         ]
-        gradients, max_rows = qqp_gradients(parse_arguments(flags))
+        gradients, max_rows = qqp_gradients(parse_arguments(GlueArguments, flags))
     kinds = {
         "dense float32": mfac_jax.DenseWindow(),
         "dense bfloat16": mfac_jax.DenseWindow(jnp.bfloat16),

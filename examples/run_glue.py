@@ -14,39 +14,20 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from bert_finetune.arguments import parse_arguments
-from bert_finetune.errors import Interrupted, UserError
+from bert_finetune import errors
+from bert_finetune.arguments import GlueArguments, parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Runs the script with these flags; returns the results of the evaluation."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(argv)
+    args = parse_arguments(GlueArguments, argv)
     # Only now the slow imports, so that a mistake in a flag shows at once.
-    import jax
     from bert_finetune import glue
 
-    try:
+    with errors.explained():
         return glue.run(args, shlex.join(["python", "examples/run_glue.py", *argv]))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            "the device has not enough memory: lower --per_device_train_batch_size, "
-            "and raise --gradient_accumulation_steps for the same steps; for MFAC also "
-            "num_grads in --optim_args."
-        ) from error
-    except OSError as error:
-        raise UserError(f"{error.strerror or error}: {error.filename}.") from error
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        sys.exit(interrupted.exit_code)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was left to save.")
+    errors.run_script(main, "nothing was left to save.")

@@ -5,10 +5,11 @@
         --per_device_train_batch_size 32 --learning_rate 1e-4 --num_train_epochs 5 \
         --output_dir seeds_out
 
-What follows `--` are flags of `run_glue.py`, which runs once for every optimizer and
-seed, in OUTPUT_DIR/OPTIMIZER/seed-SEED. The same command after an interruption goes on
-where it stopped. The result is a table of means and standard deviations beside the
-published ones (`published_results.csv`), in seeds.md, seeds.json and seeds.png.
+What follows `--` are flags of `run_glue.py`, or of `run_qa.py` with `--script run_qa`.
+It runs once for every optimizer and seed, in OUTPUT_DIR/OPTIMIZER/seed-SEED. The same
+command after an interruption goes on where it stopped. The result is a table of means
+and standard deviations beside the published ones (`published_results.csv`), in
+seeds.md, seeds.json and seeds.png.
 """
 
 import argparse
@@ -21,25 +22,35 @@ import platform
 import shlex
 import statistics
 import sys
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import run_glue
-from bert_finetune import optimizers, reporting
-from bert_finetune.arguments import Arguments, parse_arguments
+import run_qa
+from bert_finetune import errors, optimizers, reporting
+from bert_finetune.arguments import (
+    Arguments,
+    GlueArguments,
+    QaArguments,
+    parse_arguments,
+)
 from bert_finetune.errors import Interrupted, UserError
+
+SCRIPTS = {"run_glue": (run_glue, GlueArguments), "run_qa": (run_qa, QaArguments)}
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 PUBLISHED_OPTIMIZERS = {"MFAC": "M-FAC", "adamw": "Adam", "adam": "Adam"}
-# What an evaluation says beside its metrics.
-NOT_METRICS = ("runtime", "samples", "samples_per_second", "steps_per_second")
+# How names begin of what an evaluation says beside its metrics, and of SQuAD's details.
+NOT_METRICS = ("runtime", "samples", "steps_per", "total", "HasAns", "NoAns", "best")
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "transformers")
 
 
 class Run(NamedTuple):
     """One optimizer with one seed."""
 
+    script: types.ModuleType
     optim: str
     seed: int
     argv: list[str]
@@ -66,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if skip:
             continue
         try:
-            run_glue.main(run.argv)
+            run.script.main(run.argv)
         except Interrupted as error:
             message = f"{error} The same command of run_seeds.py continues the grid."
             raise Interrupted(message, error.exit_code) from None
@@ -81,8 +92,14 @@ def parse_grid(argv: Sequence[str]) -> tuple[Arguments, list[Run]]:
     """
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],  # pyright: ignore[reportOptionalMemberAccess]
-        usage="%(prog)s --optims NAME[=JSON] ... --seeds N -- RUN_GLUE_ARGUMENTS",
+        usage="%(prog)s [--script S] --optims NAME[=JSON] ... --seeds N -- ARGUMENTS",
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--script",
+        choices=SCRIPTS,
+        default="run_glue",
+        help="What runs; run_glue by default.",
     )
     parser.add_argument(
         "--optims",
@@ -97,19 +114,22 @@ def parse_grid(argv: Sequence[str]) -> tuple[Arguments, list[Run]]:
         type=int,
         required=True,
         metavar="N",
-        help="Number of seeds, counted from the --seed of RUN_GLUE_ARGUMENTS, or 0.",
+        help="Number of seeds, counted from the --seed of ARGUMENTS, or 0.",
     )
     end = argv.index("--") if "--" in argv else len(argv)
     options, unknown = parser.parse_known_args(argv[:end])
     shared = list(argv[end + 1 :])
     if not shared:
-        raise UserError("the arguments of run_glue.py are missing: give them after --.")
+        raise UserError(
+            f"the arguments of {options.script}.py are missing: give them after --."
+        )
     if unknown:
         parser.error(f"unrecognized arguments before --: {' '.join(unknown)}")
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}.")
     # The last of two equal flags counts: a default goes before, a fixed value after.
-    base = parse_arguments(["--seed", "0", *shared])
+    script, kind = SCRIPTS[options.script]
+    base = parse_arguments(kind, ["--seed", "0", *shared])
     if not (base.do_train and base.do_eval):
         raise UserError("--do_train and --do_eval are needed after --.")
     if base.overwrite_output_dir or base.resume_from_checkpoint:
@@ -130,7 +150,7 @@ def parse_grid(argv: Sequence[str]) -> tuple[Arguments, list[Run]]:
             run_argv = ["--eval_strategy", "epoch", *shared, "--optim", optim]
             run_argv += [*optim_flags, "--seed", str(seed)]
             run_argv += ["--output_dir", str(directory)]
-            run = Run(optim, seed, run_argv, parse_arguments(run_argv))
+            run = Run(script, optim, seed, run_argv, parse_arguments(kind, run_argv))
             # A mistake in the last optimizer must not show after the first ones' runs.
             optimizers.make_optimizer(run.args, 1, {"word_embeddings": 1})
             runs.append(run)
@@ -165,7 +185,7 @@ def is_finished(run: Run) -> bool:
 def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
     """Writes the table and the plot of finished runs, and prints the table."""
     model = Path(base.model_name_or_path).name.lower().replace("_", "-")
-    task = base.task_name or Path(str(base.train_file)).stem
+    task = base.data_name
     optimizers = summarize(runs, published_results(model, task))
     table = make_table(optimizers)
     root = Path(base.output_dir)
@@ -237,12 +257,13 @@ def summarize(
             },
         )
         results = json.loads((run.directory / "all_results.json").read_text())
+        # SQuAD's are in percent.
+        whole = 100 if isinstance(run.args, QaArguments) else 1
         for key, value in results.items():
             name = key.removeprefix("eval_")
-            # The mismatched split of MNLI has results of its own, with a suffix.
-            if name != key and name.removesuffix("_mm") not in NOT_METRICS:
+            if name != key and not name.startswith(NOT_METRICS):
                 metric = summary["metrics"].setdefault(name, {"values": {}})
-                metric["values"][str(run.seed)] = value
+                metric["values"][str(run.seed)] = value / whole
     for summary in optimizers.values():
         for metric in summary["metrics"].values():
             values = list(metric["values"].values())
@@ -308,12 +329,4 @@ def format_result(metric: str, result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        sys.exit(interrupted.exit_code)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues the grid.")
+    errors.run_script(main, "the same command continues the grid.")

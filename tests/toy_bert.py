@@ -149,3 +149,64 @@ def write_task(directory, name, num_train=320, num_eval=37):
         columns |= {"label": labels.tolist(), "idx": list(range(size))}
         write_parquet(Path(directory, name, f"{split}-00000-of-00001.parquet"), columns)
     return Path(directory)
+
+
+def questions(num, *, with_negative, seed=0):
+    """Rows as in SQuAD: the answer is "good film", wherever it stands, or none."""
+    rng = np.random.default_rng(seed)
+    others = [word for word in WORDS if word not in ("good", "film")]
+    rows = []
+    for i in range(num):
+        words = list(rng.choice(others, rng.integers(4, 40)))
+        answers = {"text": [], "answer_start": []}
+        if not with_negative or rng.random() < 0.6:
+            place = rng.integers(0, len(words))
+            words.insert(place, "Good film")
+            start = sum(len(word) + 1 for word in words[:place])
+            answers = {"text": ["Good film"] * 2, "answer_start": [start] * 2}
+        row = {"id": f"q{i:03}", "title": "red", "question": "yes no"}
+        rows.append({**row, "context": " ".join(words), "answers": answers})
+    return rows
+
+
+def write_squad(directory, num_train=240, num_eval=37, *, with_negative=True):
+    """Writes questions in the layout of the hub's `squad_v2`, or of `squad`."""
+    folder = Path(directory, "squad_v2" if with_negative else "plain_text")
+    for seed, (split, num) in enumerate(
+        {"train": num_train, "validation": num_eval}.items()
+    ):
+        rows = questions(num, with_negative=with_negative, seed=seed)
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        write_parquet(folder / f"{split}-00000-of-00001.parquet", columns)
+    return Path(directory)
+
+
+def as_squad_file(rows):
+    """Returns what SQuAD's own file holds of these rows, an article for each."""
+    return {
+        "version": "v2.0",
+        "data": [
+            {
+                "title": row["title"],
+                "paragraphs": [
+                    {
+                        "context": row["context"],
+                        "qas": [
+                            {
+                                "id": row["id"],
+                                "question": row["question"],
+                                "is_impossible": not row["answers"]["text"],
+                                "answers": [
+                                    {"text": text, "answer_start": start}
+                                    for text, start in zip(
+                                        *row["answers"].values(), strict=True
+                                    )
+                                ],
+                            }
+                        ],
+                    }
+                ],
+            }
+            for row in rows
+        ],
+    }

@@ -2,17 +2,24 @@
 
 import collections
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import datasets.config
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 # A batch is padded to one of these; each that occurs costs one compilation.
 _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
 _PREFETCHED_BATCHES = 4
+# What a tokenizer returns of an example, as `datasets` keeps it.
+TOKEN_COLUMNS = {
+    "input_ids": datasets.List(datasets.Value("int32")),
+    "token_type_ids": datasets.List(datasets.Value("int8")),
+}
 
 
 class Features(NamedTuple):
@@ -82,9 +89,6 @@ def tokenize(
 ) -> Features:
     """Tokenises texts or pairs of texts, truncating the longer one first.
 
-    The tokens are kept in the cache of `datasets`, under a name made from the data, the
-    tokenizer and the length.
-
     Args:
       dataset: holds the text columns.
       tokenizer: the model's.
@@ -94,7 +98,7 @@ def tokenize(
       overwrite_cache: tokenise also what is cached.
     """
 
-    def encode(batch: Mapping[str, list[str]]) -> dict[str, Any]:
+    def encode(batch: Mapping[str, list[str]], _: list[int]) -> dict[str, Any]:
         texts = [batch[column] for column in text_columns]
         encoded = tokenizer(
             texts[0],
@@ -102,57 +106,87 @@ def tokenize(
             truncation=True,
             max_length=max_length,
         )
-        return {
-            "input_ids": encoded["input_ids"],
-            "token_type_ids": encoded["token_type_ids"],
-        }
+        return {name: encoded[name] for name in TOKEN_COLUMNS}
 
-    tokenized = dataset.map(
+    tokenized = map_cached(
+        dataset,
+        encode,
+        TOKEN_COLUMNS,
+        tokenizer,
+        (list(text_columns), max_length),
+        overwrite_cache=overwrite_cache,
+    )
+    return features_of(tokenized, tokenizer, targets)
+
+
+def map_cached(
+    dataset: datasets.Dataset,
+    encode: Callable[..., Mapping[str, Any]],
+    columns: Mapping[str, Any],
+    tokenizer: Any,
+    key: tuple[Any, ...],
+    *,
+    overwrite_cache: bool = False,
+) -> datasets.Dataset:
+    """Applies ``encode`` to batches of rows and their numbers.
+
+    The result is kept in the cache of `datasets`, under a name made from the data, the
+    tokenizer and the key.
+
+    Args:
+      dataset: of the texts.
+      encode: from columns and row numbers to the new columns.
+      columns: the types of these.
+      tokenizer: that ``encode`` uses.
+      key: all else that the result depends on.
+      overwrite_cache: do also what is cached.
+    """
+    datasets.disable_progress_bars()
+    # Not the name that `datasets` would choose, from the tokenizer as it is pickled: it
+    # changes with the first text tokenised.
+    _reset(tokenizer)
+    parts = (dataset._fingerprint, tokenizer.backend_tokenizer.to_str(), *key)
+    fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    file = None
+    if not dataset.cache_files:  # It is in memory, where `datasets` would leave it.
+        directory = Path(datasets.config.HF_DATASETS_CACHE, "tokenized")
+        directory.mkdir(parents=True, exist_ok=True)
+        file = str(directory / f"{fingerprint}.arrow")
+    result = dataset.map(
         encode,
         batched=True,
+        with_indices=True,
         remove_columns=dataset.column_names,
-        features=datasets.Features(
-            {
-                "input_ids": datasets.List(datasets.Value("int32")),
-                "token_type_ids": datasets.List(datasets.Value("int8")),
-            }
-        ),
+        features=datasets.Features(columns),
         load_from_cache_file=not overwrite_cache,
-        new_fingerprint=_fingerprint(dataset, tokenizer, text_columns, max_length),
+        cache_file_name=file,
+        new_fingerprint=fingerprint,
     )
     _reset(tokenizer)
-    tokens, token_types = (
-        tokenized.data.column(name).combine_chunks()
-        for name in ("input_ids", "token_type_ids")
-    )
-    starts = tokens.offsets.to_numpy().astype(np.int64)
-    return Features(
-        tokens.values.to_numpy()[starts[0] : starts[-1]],
-        token_types.values.to_numpy()[starts[0] : starts[-1]],
-        starts - starts[0],
-        targets,
-        getattr(tokenizer, "pad_token_id", None) or 0,
-    )
-
-
-def _fingerprint(
-    dataset: datasets.Dataset,
-    tokenizer: Any,
-    text_columns: Sequence[str],
-    max_length: int,
-) -> str:
-    # Not that of `datasets`, which hashes the tokenizer as it is pickled: it changes
-    # with the first text tokenised.
-    _reset(tokenizer)
-    vocabulary = tokenizer.backend_tokenizer.to_str()
-    parts = (dataset._fingerprint, vocabulary, list(text_columns), max_length)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    return result
 
 
 def _reset(tokenizer: Any) -> None:
     """Removes the traces of texts tokenised before, which would be saved with it."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+
+
+def features_of(
+    tokenized: datasets.Dataset, tokenizer: Any, targets: Mapping[str, np.ndarray]
+) -> Features:
+    """Returns what the token columns of a data set hold."""
+    tokens, starts = ragged(tokenized, "input_ids")
+    token_types, _ = ragged(tokenized, "token_type_ids")
+    pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
+    return Features(tokens, token_types, starts, targets, pad_token_id)
+
+
+def ragged(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lists of a column one behind the other, and where each begins."""
+    lists = dataset.data.column(column).combine_chunks()
+    starts = lists.offsets.to_numpy().astype(np.int64)
+    return lists.values.to_numpy()[starts[0] : starts[-1]], starts - starts[0]
 
 
 def batch_lengths(max_length: int) -> list[int]:

@@ -1,14 +1,12 @@
 """Fine-tuning on a GLUE task or on files of one's own, from flags to results."""
 
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,19 +14,14 @@ from bert_finetune import (
     data,
     hub,
     metrics,
-    model_card,
     modeling,
-    optimizers,
-    output_dir,
     pretrained,
-    reporting,
     splits,
     trainer,
     training,
-    training_log,
+    workflow,
 )
-from bert_finetune.arguments import Arguments
-from bert_finetune.errors import UserError
+from bert_finetune.arguments import GlueArguments
 from bert_finetune.tasks import Task
 
 _MODEL_CLASS = modeling.BertForSequenceClassification
@@ -43,21 +36,19 @@ class Classifier(NamedTuple):
       model: as read.
       apply: the model as a function.
       eval_step: from :func:`training.make_eval_step`.
-      lengths: to which batches may be padded.
       model_labels: the model's label for each label of the data. A model that knows the
         task's labels in another order keeps its own.
     """
 
-    args: Arguments
+    args: GlueArguments
     task: Task
     model: pretrained.Pretrained
     apply: modeling.Apply
     eval_step: Callable[..., Any]
-    lengths: list[int]
     model_labels: np.ndarray
 
 
-def run(args: Arguments, command: str) -> dict[str, float]:
+def run(args: GlueArguments, command: str) -> dict[str, float]:
     """Trains, evaluates and predicts as the flags say; returns what evaluation found.
 
     Args:
@@ -69,7 +60,6 @@ def run(args: Arguments, command: str) -> dict[str, float]:
     """
     classifier = load_classifier(args)
     task = classifier.task
-    _check_metric_for_best_model(args, task)
     train_set, eval_sets, test_sets = _load_splits(args, task)
     train_run = None
     if train_set is not None:
@@ -78,42 +68,25 @@ def run(args: Arguments, command: str) -> dict[str, float]:
         {name: _features(classifier, split_set) for name, split_set in sets.items()}
         for sets in (eval_sets, test_sets)
     )
-    with output_dir.locked(args) as out:
-        for note in classifier.model.notes:
-            print(note)
-        evaluate = None
-        if eval_features:
-            evaluate = functools.partial(_evaluate, classifier, eval_features)
-        params, train_results, results = classifier.model.params, {}, {}
-        if train_run is not None:
-            params, train_results, results = _train(
-                train_run._replace(evaluate=evaluate), out
-            )
-        elif evaluate is not None:
-            results = evaluate(params)
-        for kind, values in {"train": train_results, "eval": results}.items():
-            if values:
-                reporting.write_json(out / f"{kind}_results.json", values)
-            for name, value in values.items():
-                print(f"{name:28} {value:.4f}")
-        for split, features in test_features.items():
-            path = out / task.test_splits[split]
-            _write_predictions(classifier, params, features, path)
-        if train_run is not None:
-            _write_reports(classifier, train_run, command, out, results)
-        # Last, since it says that nothing is left to do.
-        _add_results(out / "all_results.json", train_results | results)
-        print(f"Results are in {out}.")
-    return results
-
-
-def _check_metric_for_best_model(args: Arguments, task: Task) -> None:
-    name = args.metric_for_best_model
-    known = ["loss", *_result_names(task)]
-    if name is not None and name.removeprefix("eval_") not in known:
-        raise UserError(
-            f"--metric_for_best_model must be one of {', '.join(known)}, got {name!r}."
-        )
+    return workflow.run(
+        args,
+        command,
+        classifier.model,
+        workflow.Report(
+            args.data_name,
+            args.train_file or args.dataset_name,
+            args.task_name,
+            [name for name in _result_names(task) if "combined" not in name],
+            "text-classification",
+        ),
+        train_run=train_run,
+        evaluate=functools.partial(_evaluate, classifier, eval_features)
+        if eval_features
+        else None,
+        predict=functools.partial(_write_predictions, classifier, test_features)
+        if test_features
+        else None,
+    )
 
 
 def _result_names(task: Task) -> list[str]:
@@ -123,7 +96,7 @@ def _result_names(task: Task) -> list[str]:
 
 
 def _load_splits(
-    args: Arguments, task: Task
+    args: GlueArguments, task: Task
 ) -> tuple[splits.Split | None, dict[str, splits.Split], dict[str, splits.Split]]:
     """Returns the training split, and by name those to evaluate and to predict."""
 
@@ -144,7 +117,7 @@ def _load_splits(
     return train_set, eval_sets, test_sets
 
 
-def load_classifier(args: Arguments) -> Classifier:
+def load_classifier(args: GlueArguments) -> Classifier:
     """Reads the model for the task of the flags.
 
     Raises:
@@ -167,11 +140,7 @@ def load_classifier(args: Arguments) -> Classifier:
         )
     if task.is_regression:
         model.config.problem_type = "regression"
-    if args.max_seq_length > model.config.max_position_embeddings:
-        raise UserError(
-            f"--max_seq_length {args.max_seq_length} is more than the "
-            f"{model.config.max_position_embeddings} positions of the model."
-        )
+    workflow.check_flags(args, model, ["loss", *_result_names(task)])
     apply = modeling.make_apply(
         model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
     )
@@ -181,9 +150,6 @@ def load_classifier(args: Arguments) -> Classifier:
         model,
         apply,
         training.make_eval_step(apply, is_regression=task.is_regression),
-        [args.max_seq_length]
-        if args.pad_to_max_length
-        else data.batch_lengths(args.max_seq_length),
         np.array([names.index(name) for name in task.label_names], np.int32),
     )
 
@@ -206,69 +172,18 @@ def plan_training(classifier: Classifier, split: splits.Split) -> trainer.Run:
     Raises:
       UserError: for an optimizer that does not exist, cannot be used or does not fit.
     """
-    args, model = classifier.args, classifier.model
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    num_steps = args.max_steps
-    if num_steps < 0:
-        steps_per_epoch = math.ceil(len(split.labels) / batch_size)
-        num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
-    max_rows = {
-        "word_embeddings": batch_size * args.max_seq_length,
-        "position_embeddings": args.max_seq_length,
-    }
-    # With the bound that always holds, to refuse a bad flag before a long wait.
-    optimizers.make_optimizer(args, num_steps, max_rows)
-    features = _features(classifier, split)
-    train_data = data.TrainData(
-        features, batch_size, num_steps, classifier.lengths, args.seed
-    )
-    survey = data.survey(train_data)
-    max_rows = {
-        "word_embeddings": survey.max_distinct_tokens,
-        "position_embeddings": survey.lengths[-1],
-    }
-    optimizer = optimizers.make_optimizer(args, num_steps, max_rows)
-    optimizers.check_update(optimizer, model.params)
-    optimizers.check_memory(optimizer, model.params)
-    if args.report_to == "tensorboard":
-        reporting.require_tensorboard()
     make_loss = (
         training.regression_loss
         if classifier.task.is_regression
         else training.classification_loss
     )
-    return trainer.Run(
-        args,
-        model,
+    return workflow.plan_training(
+        classifier.args,
+        classifier.model,
         _MODEL_CLASS,
         make_loss(classifier.apply),
-        optimizer,
-        train_data,
-        survey.lengths,
-        evaluate=None,
+        functools.partial(_features, classifier, split),
     )
-
-
-def _train(train_run: trainer.Run, out: Path) -> trainer.Trained:
-    args, train_data, optimizer = (
-        train_run.args,
-        train_run.train_data,
-        train_run.optimizer,
-    )
-    params = train_run.model.params
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-    state_bytes = optimizers.nbytes(
-        jax.eval_shape(optimizer.transformation.init, params)
-    )
-    print(
-        f"Training on {train_data.features.num_examples:,} examples: "
-        f"{train_data.num_steps:,} steps of {train_data.batch_size}, padded to "
-        f"{', '.join(map(str, train_run.lengths))} tokens; {num_params:,} parameters.\n"
-        f"{optimizer.name} with {optimizer.hyperparams}; its state takes "
-        f"{state_bytes / 1e9:.2f} GB."
-    )
-    resume_from = output_dir.checkpoints_to_resume(args, out)
-    return trainer.fit(train_run, out, resume_from)
 
 
 def _evaluate(
@@ -303,10 +218,11 @@ def _predict(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns losses and predictions, these in the labels of the data."""
     batch_size = classifier.args.per_device_eval_batch_size
+    lengths = workflow.padded_lengths(classifier.args)
     losses, predictions = training.predict(
         params,
         classifier.eval_step,
-        data.prefetch(data.eval_batches(features, batch_size, classifier.lengths)),
+        data.prefetch(data.eval_batches(features, batch_size, lengths)),
         features.num_examples,
     )
     return losses, _in_data(classifier, predictions)
@@ -319,63 +235,24 @@ def _in_data(classifier: Classifier, labels: np.ndarray) -> np.ndarray:
     return np.argsort(classifier.model_labels)[labels]
 
 
-def _add_results(path: Path, results: Mapping[str, float]) -> None:
-    """Writes results beside those of earlier runs on the same model."""
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    reporting.write_json(path, {**earlier, **results})
-
-
 def _write_predictions(
     classifier: Classifier,
+    test_features: Mapping[str, data.Features],
     params: modeling.Params,
-    features: data.Features,
-    path: Path,
 ) -> None:
     """Writes the predictions as GLUE takes them."""
     task = classifier.task
-    _, predictions = _predict(classifier, params, features)
-    if task.is_regression:
-        if task.label_range is not None:
-            predictions = np.clip(predictions, *task.label_range)
-        shown = [f"{value:.6g}" for value in predictions]
-    elif task.writes_names:
-        shown = [task.label_names[label] for label in predictions]
-    else:
-        shown = [str(label) for label in predictions]
-    lines = ["index\tprediction", *(f"{i}\t{value}" for i, value in enumerate(shown))]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"Predictions are in {path}.")
-
-
-def _write_reports(
-    classifier: Classifier,
-    train_run: trainer.Run,
-    command: str,
-    out: Path,
-    results: Mapping[str, float],
-) -> None:
-    args, optimizer = classifier.args, train_run.optimizer
-    lines = reporting.read_json_lines(out / training_log.FILE)
-    names = [n for n in _result_names(classifier.task) if "combined" not in n]
-    reporting.plot_curves(
-        out / "curves.png",
-        f"{args.task_name or Path(args.train_file or '').stem}, {optimizer.name}",
-        {optimizer.name: lines},
-        names,
-    )
-    model_card.write_model_card(
-        out / "README.md",
-        model_name=args.model_name_or_path,
-        dataset=args.train_file or args.dataset_name,
-        task=args.task_name,
-        optimizer=optimizer.name,
-        metrics=names,
-        results=results,
-        hyperparams={
-            **model_card.named_flags(args),
-            "learning_rate": optimizer.hyperparams["lr"],
-            optimizer.name: optimizer.hyperparams,
-        },
-        command=command,
-        lines=lines,
-    )
+    for split, features in test_features.items():
+        _, predictions = _predict(classifier, params, features)
+        if task.is_regression:
+            if task.label_range is not None:
+                predictions = np.clip(predictions, *task.label_range)
+            shown = [f"{value:.6g}" for value in predictions]
+        elif task.writes_names:
+            shown = [task.label_names[label] for label in predictions]
+        else:
+            shown = [str(label) for label in predictions]
+        rows = [f"{i}\t{value}" for i, value in enumerate(shown)]
+        path = Path(classifier.args.output_dir, task.test_splits[split])
+        path.write_text("\n".join(["index\tprediction", *rows, ""]), encoding="utf-8")
+        print(f"Predictions are in {path}.")

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 # Flags that a reader looks for, whether or not they have their default.
 _ALWAYS_NAMED = frozenset(
-    "learning_rate lr_scheduler_type max_seq_length num_train_epochs "
+    "doc_stride learning_rate lr_scheduler_type max_seq_length num_train_epochs "
     "per_device_eval_batch_size per_device_train_batch_size seed".split()
 )
 _PACKAGES = "mfac_jax jax optax flax transformers datasets".split()
@@ -159,17 +159,21 @@ def _loading(title: str, pipeline_tag: str) -> str:
 
 def _table(metrics: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a table of evaluations, each beside the training loss logged last."""
+    names = [
+        n for n in ("loss", *metrics) if any(f"eval_{n}" in line for line in lines)
+    ]
     rows, training_loss = [], ""
     for line in lines:
         if any(name.startswith("eval_") for name in line):
-            values = [line.get(f"eval_{name}", "") for name in ("loss", *metrics)]
+            values = [line.get(f"eval_{name}", "") for name in names]
             cells = [line.get("epoch", ""), training_loss, *values]
             rows.append([str(line.get("step", "")), *map(_format, cells)])
         training_loss = line.get("loss", training_loss)
     if not rows:
         return []
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), _MAX_ROWS)).round()
-    head = ["Step", "Epoch", "Training loss", "Validation loss", *map(_pretty, metrics)]
+    titles = ["Validation loss" if name == "loss" else _pretty(name) for name in names]
+    head = ["Step", "Epoch", "Training loss", *titles]
     table = [head, ["---:"] * len(head), *(rows[int(i)] for i in chosen)]
     return ["\n".join(f"| {' | '.join(row)} |" for row in table)]
 

@@ -15,6 +15,10 @@ from bert_finetune.errors import UserError
 
 ARGUMENTS_FILE = "arguments.json"
 _LOCK = ".lock"
+_RESULTS = (
+    *("train_results", "eval_results", "all_results"),
+    *("predictions", "nbest_predictions", "null_odds"),
+)
 
 
 @contextlib.contextmanager
@@ -95,8 +99,8 @@ def checkpoints_to_resume(args: Arguments, output_dir: Path) -> list[Path]:
 
 def begin(args: Arguments, output_dir: Path) -> None:
     """Removes the results of earlier runs, and writes down the flags of this one."""
-    for name in ("train", "eval", "all"):
-        (output_dir / f"{name}_results.json").unlink(missing_ok=True)
+    for name in _RESULTS:
+        (output_dir / f"{name}.json").unlink(missing_ok=True)
     if args.overwrite_output_dir and args.resume_from_checkpoint is None:
         for path in checkpoints.find_checkpoints(output_dir):
             shutil.rmtree(path)

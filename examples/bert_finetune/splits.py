@@ -1,31 +1,19 @@
-"""Splits of a task, from the hub, a directory or files, and checked."""
+"""The splits of a classification or regression task, checked."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 import pyarrow.types
 from transformers import BertConfig
 
-from bert_finetune import hub
-from bert_finetune.arguments import Arguments
+from bert_finetune import sources
+from bert_finetune.arguments import GlueArguments
 from bert_finetune.errors import UserError
 from bert_finetune.tasks import TASKS, Task, task_of_files
 
 LABEL = "label"
-# Extension -> format of `datasets` and its options.
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    # A text may read "null" or "NA".
-    ".csv": ("csv", {"keep_default_na": False}),
-    # Quotes in a .tsv are characters like others.
-    ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t", "quoting": 3}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 
 
 class Split(NamedTuple):
@@ -41,7 +29,7 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
-def find_task(args: Arguments, config: BertConfig) -> Task:
+def find_task(args: GlueArguments, config: BertConfig) -> Task:
     """Returns the task that the flags name, or that their files hold.
 
     The labels of files are those of the training file; without one, those that the
@@ -60,15 +48,12 @@ def find_task(args: Arguments, config: BertConfig) -> Task:
     path = args.train_file if args.do_train else None
     path = path or args.validation_file or args.test_file
     assert path is not None, "the flags have been checked"
-    dataset = _load_files([path])
+    dataset = sources.load_files([path])
     text_columns = _find_text_columns(dataset, path)
     if not args.do_train:
         assert config.id2label is not None
         return task_of_files(text_columns, list(config.id2label.values()))
-    if LABEL not in dataset.column_names:
-        raise UserError(
-            f"{path} has no column {LABEL!r}; it has {', '.join(dataset.column_names)}."
-        )
+    sources.check_columns(dataset, [LABEL], path)
     labels = dataset.data.column(LABEL)
     values = [] if pyarrow.types.is_nested(labels.type) else labels.unique().to_pylist()
     if any(isinstance(value, float) for value in values):
@@ -83,7 +68,7 @@ def find_task(args: Arguments, config: BertConfig) -> Task:
 
 
 def _find_text_columns(dataset: datasets.Dataset, path: str) -> list[str]:
-    names = [name for name in dataset.column_names if _holds_text(dataset, name)]
+    names = [name for name in dataset.column_names if sources.holds_text(dataset, name)]
     names = [name for name in names if name != LABEL]
     if not names:
         raise UserError(
@@ -95,7 +80,7 @@ def _find_text_columns(dataset: datasets.Dataset, path: str) -> list[str]:
 
 
 def load_split(
-    args: Arguments, task: Task, split: str, max_samples: int | None
+    args: GlueArguments, task: Task, split: str, max_samples: int | None
 ) -> Split:
     """Loads a split and checks its texts and labels.
 
@@ -108,34 +93,18 @@ def load_split(
     Raises:
       UserError: if the split or one of its columns is not there, or of the wrong kind.
     """
-    datasets.disable_progress_bars()
     kind = split.split("_")[0]
     file: str | None = getattr(args, f"{kind}_file")
     if file is not None:
-        dataset, where = _load_files([file]), file
+        dataset, where = sources.load_files([file]), file
     else:
         where = f"the {split} split of {args.task_name} in {args.dataset_name}"
-        directory = Path(args.dataset_name)
-        if directory.is_dir():
-            dataset = _load_from_directory(directory, args.task_name, split)
-        else:
-            dataset = _load_from_hub(args.dataset_name, args.task_name, split)
+        dataset = sources.load(args.dataset_name, args.task_name, split)
     columns = [*task.text_columns, *([] if kind == "test" else [LABEL])]
-    for column in columns:
-        if column not in dataset.column_names:
-            raise UserError(
-                f"{where} has no column {column!r}; it has "
-                f"{', '.join(dataset.column_names)}."
-            )
+    sources.check_columns(dataset, columns, where)
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
-    for column in task.text_columns:
-        texts = dataset.data.column(column)
-        if not _holds_text(dataset, column) or texts.null_count:
-            raise UserError(
-                f"column {column!r} of {where} must hold a text in every row; it has "
-                f"type {texts.type} and {texts.null_count} empty entries."
-            )
+    sources.check_texts(dataset, task.text_columns, where)
     if kind == "test":
         return Split(dataset, np.zeros(len(dataset), np.int32))
     values = dataset[LABEL][:]
@@ -181,59 +150,3 @@ def _label_indices(values: Sequence[Any], task: Task, where: str) -> np.ndarray:
 
 def _shown(values: Sequence[Any]) -> str:
     return f"[{', '.join(sorted({repr(value) for value in values})[:5])}]"
-
-
-def _holds_text(dataset: datasets.Dataset, column: str) -> bool:
-    return str(dataset.data.column(column).type) in ("string", "large_string")
-
-
-def _load_from_directory(
-    directory: Path, task: str | None, split: str
-) -> datasets.Dataset:
-    pattern = f"{task}/{split}-*.parquet"
-    files = sorted(str(file) for file in directory.glob(pattern))
-    if not files:
-        raise UserError(f"there is no {pattern} in {directory}.")
-    return _load_files(files)
-
-
-def _load_files(files: Sequence[str]) -> datasets.Dataset:
-    extension = Path(files[0]).suffix
-    if extension not in _FORMATS:
-        raise UserError(
-            f"{files[0]} must end in one of {', '.join(_FORMATS)} to say its format."
-        )
-    for file in files:
-        if not Path(file).is_file():
-            raise UserError(f"there is no file {file}.")
-    file_format, options = _FORMATS[extension]
-    where = ", ".join(files)
-    try:
-        if extension == ".parquet" and not any(
-            pyarrow.parquet.read_metadata(file).num_rows for file in files
-        ):
-            raise UserError(f"{where} is empty.")
-        # One unnamed split, which datasets calls "train".
-        return datasets.load_dataset(
-            file_format, data_files=list(files), split="train", **options
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        # What `datasets` raises where there is not one example.
-        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            raise UserError(f"{where} is empty.") from None
-        cause = str(error.__cause__ or error).strip()
-        raise UserError(f"{where} cannot be read: {cause}") from None
-
-
-def _load_from_hub(name: str, task: str | None, split: str) -> datasets.Dataset:
-    reachable = hub.hub_is_reachable()
-    try:
-        return datasets.load_dataset(name, task, split=split)
-    except Exception as error:
-        raise UserError(
-            f"data set {name!r} is not a directory here, and "
-            f"{hub.hub_failure(reachable, error)} Give --dataset_name a directory that "
-            f"holds {task}/{split}-*.parquet, or files of your own."
-        ) from None

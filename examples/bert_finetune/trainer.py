@@ -33,11 +33,12 @@ from bert_finetune.training_log import TrainingLog
 # optimizer's are compared as the hyper-parameters that they result in.
 _FREE_FLAGS = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint model_name_or_path "
-    "dataset_name train_file validation_file test_file do_train do_eval do_predict "
-    "overwrite_cache max_eval_samples max_predict_samples per_device_eval_batch_size "
-    "logging_steps eval_strategy eval_steps save_strategy save_steps save_total_limit "
-    "save_window load_best_model_at_end metric_for_best_model report_to optim_args "
-    "learning_rate weight_decay".split()
+    "dataset_name dataset_config_name train_file validation_file test_file do_train "
+    "do_eval do_predict overwrite_cache max_eval_samples max_predict_samples "
+    "per_device_eval_batch_size logging_steps eval_strategy eval_steps save_strategy "
+    "save_steps save_total_limit save_window load_best_model_at_end "
+    "metric_for_best_model report_to optim_args learning_rate weight_decay n_best_size "
+    "max_answer_length null_score_diff_threshold version_2_with_negative".split()
 )
 
 
@@ -301,7 +302,7 @@ def _eval_steps(args: Arguments) -> int:
 
 
 def _metric_for_best_model(args: Arguments) -> str:
-    return (args.metric_for_best_model or "loss").removeprefix("eval_")
+    return args.metric_for_best_model.removeprefix("eval_")
 
 
 def _still_best(

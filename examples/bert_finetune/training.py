@@ -82,6 +82,30 @@ def regression_loss(apply: modeling.Apply) -> LossFn:
     return loss_fn
 
 
+def span_loss(apply: modeling.Apply) -> LossFn:
+    """Cross-entropy of an answer's first and last token, averaged over both.
+
+    It is averaged over the rows of a batch whose weight is 1. Padding is no candidate,
+    so that its amount changes nothing.
+    """
+
+    def loss_fn(params, batch, dropout_key):
+        def loss_of(logits, positions):
+            logits = _full_precision(logits)
+            lowest = jnp.finfo(logits.dtype).min
+            return optax.softmax_cross_entropy_with_integer_labels(
+                jnp.where(batch["attention_mask"] == 1, logits, lowest), positions
+            )
+
+        start_logits, end_logits = apply(params, batch, dropout_key)
+        start_losses = loss_of(start_logits, batch["start_positions"])
+        end_losses = loss_of(end_logits, batch["end_positions"])
+        losses = (start_losses + end_losses) / 2
+        return weighted_mean(losses, batch["weights"].astype(losses.dtype)), {}
+
+    return loss_fn
+
+
 def _full_precision(logits: jax.Array) -> jax.Array:
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
@@ -274,6 +298,16 @@ def make_eval_step(
         return losses, jnp.argmax(logits, axis=-1)
 
     return eval_step
+
+
+def make_span_step(apply: modeling.Apply) -> Callable[..., Any]:
+    """Returns the jitted ``(params, batch) -> (start_logits, end_logits)``."""
+
+    @jax.jit
+    def span_step(params, batch):
+        return jax.tree.map(_full_precision, apply(params, batch, None))
+
+    return span_step
 
 
 def predict(

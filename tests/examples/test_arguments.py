@@ -1,5 +1,5 @@
 import pytest
-from bert_finetune.arguments import parse_arguments
+from bert_finetune.arguments import GlueArguments, QaArguments, parse_arguments
 from bert_finetune.errors import UserError
 
 REQUIRED = (
@@ -9,13 +9,14 @@ REQUIRED = (
 
 def test_the_published_command():
     args = parse_arguments(
+        GlueArguments,
         [
             *"--seed 1234 --model_name_or_path prajjwal1/bert-tiny".split(),
             *"--task_name qqp --do_train --do_eval --max_seq_length 128".split(),
             *"--per_device_train_batch_size 32 --learning_rate 1e-4".split(),
             *"--num_train_epochs 5 --output_dir out_dir/ --optim MFAC".split(),
             *["--optim_args", '{"lr": 1e-4, "num_grads": 1024, "damp": 1e-6}'],
-        ]
+        ],
     )
     assert args.model_name_or_path == "prajjwal1/bert-tiny"
     assert args.dataset_name == "nyu-mll/glue"
@@ -25,8 +26,27 @@ def test_the_published_command():
     assert args.optim_args == '{"lr": 1e-4, "num_grads": 1024, "damp": 1e-6}'
 
 
+def test_the_published_command_of_squad():
+    args = parse_arguments(
+        QaArguments,
+        [
+            *"--seed 42 --model_name_or_path prajjwal1/bert-tiny".split(),
+            *"--dataset_name squad_v2 --version_2_with_negative --do_train".split(),
+            *"--do_eval --per_device_train_batch_size 12 --learning_rate 1e-4".split(),
+            *"--num_train_epochs 2 --max_seq_length 384 --doc_stride 128".split(),
+            *"--output_dir out_dir/ --optim MFAC".split(),
+            *["--optim_args", '{"lr": 1e-4, "num_grads": 1024, "damp": 1e-6}'],
+        ],
+    )
+    assert (args.dataset_name, args.version_2_with_negative) == ("squad_v2", True)
+    assert (args.max_seq_length, args.doc_stride) == (384, 128)
+    # Left at the defaults of transformers 4.
+    assert (args.n_best_size, args.max_answer_length) == (20, 30)
+    assert args.null_score_diff_threshold == 0
+
+
 def test_defaults_are_those_of_transformers_4():
-    args = parse_arguments(REQUIRED)
+    args = parse_arguments(GlueArguments, REQUIRED)
     assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (5e-5, 0, 1)
     assert (args.num_train_epochs, args.max_steps, args.warmup_ratio) == (3, -1, 0)
     assert args.per_device_train_batch_size == args.per_device_eval_batch_size == 8
@@ -59,7 +79,7 @@ def test_defaults_are_those_of_transformers_4():
 def test_a_value_out_of_range_is_named(flags):
     flag, value = flags.split()
     with pytest.raises(UserError, match=rf"{flag} must be .*got {float(value):g}"):
-        parse_arguments([*REQUIRED, flag, value])
+        parse_arguments(GlueArguments, [*REQUIRED, flag, value])
 
 
 @pytest.mark.parametrize(
@@ -67,7 +87,7 @@ def test_a_value_out_of_range_is_named(flags):
 )
 def test_what_argparse_refuses(argv, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_arguments(argv)
+        parse_arguments(GlueArguments, argv)
     assert caught.value.code != 0
     assert "error: " in capsys.readouterr().err
 
@@ -92,15 +112,17 @@ def test_what_argparse_refuses(argv, capsys):
 def test_flags_that_do_not_go_together(flags, message):
     required = "--model_name_or_path somewhere --output_dir out --do_train"
     with pytest.raises(UserError, match=message):
-        parse_arguments([*required.split(), *flags.split()])
+        parse_arguments(GlueArguments, [*required.split(), *flags.split()])
 
 
 def test_flags_that_imply_others():
-    args = parse_arguments([*REQUIRED, "--eval_strategy", "steps", "--task_name=QQP"])
+    args = parse_arguments(
+        GlueArguments, [*REQUIRED, "--eval_strategy", "steps", "--task_name=QQP"]
+    )
     assert args.do_eval
     assert args.task_name == "qqp"
 
 
 def test_nothing_to_do_is_an_error():
     with pytest.raises(UserError, match="--do_train, --do_eval, --do_predict or more"):
-        parse_arguments(REQUIRED[:-1])
+        parse_arguments(GlueArguments, REQUIRED[:-1])

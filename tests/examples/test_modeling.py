@@ -77,7 +77,7 @@ def toy_apply(**config):
         "attention_mask": np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]),
         "token_type_ids": np.array([[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1]]),
     }
-    return modeling.make_apply(config, model_class), params, batch
+    return jax.jit(modeling.make_apply(config, model_class)), params, batch
 
 
 def test_padding_is_not_seen():
@@ -99,21 +99,21 @@ def test_bfloat16_is_of_the_computation_alone():
     narrow = modeling.make_apply(
         config, modeling.BertForSequenceClassification, dtype=jnp.bfloat16
     )
-    logits = narrow(params, batch, None)
+    logits = jax.jit(narrow)(params, batch, None)
     assert logits.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         np.asarray(logits, np.float32), apply(params, batch, None), rtol=0.05
     )
     loss_fn = training.classification_loss(narrow)
     batch = {**batch, "labels": np.array([0, 2]), "weights": np.ones(2, np.float32)}
-    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, None)
+    grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    (loss, _), grads = grad_fn(params, batch, None)
     assert loss.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
 def test_dropout_follows_key_and_config():
     apply, params, batch = toy_apply()
-    apply = jax.jit(apply)
     first, again, other = (
         apply(params, batch, jax.random.key(seed)) for seed in (1, 1, 2)
     )

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from bert_finetune import optimizers
-from bert_finetune.arguments import parse_arguments
+from bert_finetune.arguments import GlueArguments, parse_arguments
 from bert_finetune.errors import UserError
 
 
@@ -14,7 +14,7 @@ def args_of(optim="MFAC", optim_args=None, *flags):
     required = "--model_name_or_path m --task_name qqp --output_dir o --do_train"
     if optim_args is not None:
         flags = (*flags, "--optim_args", optim_args)
-    return parse_arguments([*required.split(), "--optim", optim, *flags])
+    return parse_arguments(GlueArguments, [*required.split(), "--optim", optim, *flags])
 
 
 MAX_ROWS = {"word_embeddings": 5, "position_embeddings": 4}

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 import run_glue
+import run_qa
 import run_seeds
 import toy_bert
 from bert_finetune import reporting
-from bert_finetune.arguments import parse_arguments
+from bert_finetune.arguments import GlueArguments, QaArguments, parse_arguments
 from bert_finetune.errors import Interrupted, UserError
 
 SHARED = [
@@ -34,7 +35,7 @@ class FakeRunGlue:
         self.runs, self.budget, self.plots = [], 100, []
 
     def main(self, argv):
-        args = parse_arguments(argv)
+        args = parse_arguments(GlueArguments, argv)
         directory = Path(args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         reporting.write_json(directory / "arguments.json", dataclasses.asdict(args))
@@ -317,6 +318,39 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_questions_and_answers(monkeypatch, tmp_path):
+    """With `--script run_qa`: its results are in percent, its details are left out."""
+
+    def main(argv):
+        args = parse_arguments(QaArguments, argv)
+        directory = Path(args.output_dir)
+        directory.mkdir(parents=True)
+        reporting.write_json(directory / "arguments.json", dataclasses.asdict(args))
+        line = {"step": 1, "eval_exact": 50.0 + args.seed, "eval_f1": 60.0}
+        reporting.append_json_line(directory / "metrics.jsonl", line)
+        details = {"eval_total": 9, "eval_HasAns_f1": 1.0, "eval_best_f1_thresh": 2.0}
+        reporting.write_json(directory / "all_results.json", line | details)
+
+    monkeypatch.setattr(run_qa, "main", main)
+    argv = ["--script", "run_qa", "--optims", "MFAC", "adamw", "--seeds", "3", "--"]
+    argv += ["--model_name_or_path", "prajjwal1/bert-tiny", "--output_dir"]
+    argv += [str(tmp_path), "--dataset_name", "squad_v2", "--do_train", "--do_eval"]
+    run_seeds.main([*argv, "--version_2_with_negative"])
+    markdown = (tmp_path / "seeds.md").read_text(encoding="utf-8")
+    assert markdown.startswith("# bert-tiny on squad_v2\n")
+    ours, published = {"exact": "51.00 ± 1.00", "f1": "60.00 ± 0.00"}, {}
+    published["M-FAC"] = {"exact": "49.80 ± 0.43", "f1": "52.18 ± 0.20"}
+    published["Adam"] = {"exact": "48.41 ± 0.57", "f1": "49.99 ± 0.54"}
+    assert table(markdown) == {
+        "MFAC": ours,
+        "M-FAC, published": published["M-FAC"],
+        "adamw": ours,
+        "Adam, published": published["Adam"],
+    }
+    with pytest.raises(UserError, match=r"the arguments of run_qa.py are missing"):
+        run_seeds.main(argv[:7])
 
 
 @pytest.mark.usefixtures("quick_compilation")

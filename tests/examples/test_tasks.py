@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy_bert
 from bert_finetune import splits, tasks
-from bert_finetune.arguments import parse_arguments
+from bert_finetune.arguments import GlueArguments, parse_arguments
 from bert_finetune.errors import UserError
 from transformers import BertConfig
 
@@ -15,7 +15,9 @@ TEXTS = {"sentence1": ["good film", "bad", "no"], "sentence2": ["a", "null", "NA
 
 
 def args_of(*flags):
-    return parse_arguments(["--model_name_or_path=m", "--output_dir=o", *flags])
+    return parse_arguments(
+        GlueArguments, ["--model_name_or_path=m", "--output_dir=o", *flags]
+    )
 
 
 def write(path, columns):

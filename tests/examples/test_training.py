@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from bert_finetune import data, modeling, optimizers, pretrained, training
-from bert_finetune.arguments import parse_arguments
+from bert_finetune.arguments import GlueArguments, parse_arguments
 
 import mfac_jax
 
@@ -56,7 +56,7 @@ def test_mfac_follows_the_published_code(dtype, bound):
 
 def test_adamw_follows_torch():
     flags = "--model_name_or_path m --task_name qqp --output_dir o --do_train"
-    args = parse_arguments([*flags.split(), "--learning_rate", "1e-3"])
+    args = parse_arguments(GlueArguments, [*flags.split(), "--learning_rate", "1e-3"])
     optimizer = optimizers.make_optimizer(args, 100, {}).transformation
     losses = micro_losses(optimizer, jnp.float32, 100)
     expected = np.load(MICRO / "adamw_run.npz")["losses_f64"]
@@ -114,6 +114,41 @@ def test_predictions_are_in_order_and_once_each():
     np.testing.assert_allclose(
         losses, np.log1p(np.exp([-3.0, -2.0, 5.0, -1.0, -4.0])), rtol=1e-5
     )
+
+
+def test_an_answer_is_two_positions():
+    """By hand: the model's start logits are the tokens, its end logits their half."""
+
+    def apply(params, batch, dropout_key):
+        logits = params["w"] * batch["input_ids"].astype(jnp.bfloat16)
+        return logits, logits / 2
+
+    # The third row fills up the batch; the last token of the first is padding.
+    tokens = np.array([[1, 4, 9], [2, 6, 3], [7, 7, 7]])
+    batch = {
+        "input_ids": tokens,
+        "attention_mask": np.array([[1, 1, 0], [1, 1, 1], [1, 1, 1]]),
+        "start_positions": np.array([1, 0, 0]),
+        "end_positions": np.array([1, 2, 0]),
+        "weights": np.array([1.0, 1.0, 0.0], np.float32),
+    }
+
+    def cross_entropy(logits, position):
+        return np.log(np.sum(np.exp(logits))) - logits[position]
+
+    first, second = np.array([1.0, 4.0]), np.array([2.0, 6.0, 3.0])
+    expected = [
+        (cross_entropy(first, 1) + cross_entropy(first / 2, 1)) / 2,
+        (cross_entropy(second, 0) + cross_entropy(second / 2, 2)) / 2,
+    ]
+    params = {"w": jnp.bfloat16(1.0)}
+    loss, metrics = training.span_loss(apply)(params, batch, None)
+    assert loss.dtype == jnp.float32
+    assert loss == pytest.approx(np.mean(expected), rel=1e-6)
+    assert not metrics
+    starts, ends = training.make_span_step(apply)(params, batch)
+    np.testing.assert_array_equal(starts, tokens.astype(np.float32))
+    np.testing.assert_array_equal(ends, tokens.astype(np.float32) / 2)
 
 
 def test_a_regression_is_squared_error():

@@ -1,0 +1,133 @@
+"""From start and end logits to answers: the best spans of each question's context."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import softmax
+
+from bert_finetune.chunks import Chunks
+
+
+class Span(NamedTuple):
+    """A part of a context, or nothing, with the logits of its ends."""
+
+    text: str
+    start_logit: float
+    end_logit: float
+
+    def score(self) -> float:
+        return self.start_logit + self.end_logit
+
+
+# Where a model finds no span at all, not answering is weighed against a score of 0.
+_NO_SPAN = Span("", 0.0, 0.0)
+
+
+class Answer(NamedTuple):
+    """What a model answers to a question.
+
+    Attributes:
+      text: the answer; empty for none.
+      best_text: the answer if there has to be one.
+      null_odds: by how much the score of no answer exceeds that of ``best_text``;
+        ``None`` if every question has an answer.
+      n_best: the best answers with ``text``, ``probability``, ``start_logit`` and
+        ``end_logit``, falling.
+    """
+
+    text: str
+    best_text: str
+    null_odds: float | None
+    n_best: list[dict[str, Any]]
+
+
+def find_answers(
+    contexts: Sequence[str],
+    chunks: Chunks,
+    start_logits: np.ndarray,
+    end_logits: np.ndarray,
+    *,
+    n_best_size: int,
+    max_answer_length: int,
+    null_threshold: float | None,
+) -> list[Answer]:
+    """Returns the answer to every question.
+
+    The score of a span is the sum of its start and its end logit. Of each chunk the
+    ``n_best_size`` best starts and ends are combined. The score of no answer is that of
+    the first token, [CLS], in the chunk where it is lowest.
+
+    Args:
+      contexts: of each question.
+      chunks: of the questions.
+      start_logits: shape ``(tokens,)``, as the chunks' tokens.
+      end_logits: likewise.
+      n_best_size: answers to list per question at most.
+      max_answer_length: tokens of a span at most.
+      null_threshold: the odds above which a question is left unanswered; ``None`` if
+        every question has an answer.
+    """
+    bounds = np.searchsorted(chunks.questions, np.arange(len(contexts) + 1))
+    starts = chunks.features.starts
+    answers = []
+    for question, context in enumerate(contexts):
+        spans, nulls = [], []
+        for i in range(bounds[question], bounds[question + 1]):
+            tokens = slice(starts[i], starts[i + 1])
+            start, end = start_logits[tokens].tolist(), end_logits[tokens].tolist()
+            firsts, ends = chunks.first_chars[tokens], chunks.end_chars[tokens]
+            nulls.append(Span("", start[0], end[0]))
+            spans += [
+                Span(context[firsts[a] : ends[b]], start[a], end[b])
+                for a, b in _best_spans(
+                    start_logits[tokens],
+                    end_logits[tokens],
+                    firsts >= 0,
+                    n_best_size,
+                    max_answer_length,
+                )
+            ]
+        null = None if null_threshold is None else min(nulls, key=Span.score)
+        answers.append(_choose(spans, null, n_best_size, null_threshold))
+    return answers
+
+
+def _best_spans(
+    start_logits: np.ndarray,
+    end_logits: np.ndarray,
+    is_context: np.ndarray,
+    n_best_size: int,
+    max_answer_length: int,
+) -> np.ndarray:
+    """Returns the first and last tokens of the best spans of one chunk."""
+    firsts = np.argsort(-start_logits, kind="stable")[:n_best_size]
+    lasts = np.argsort(-end_logits, kind="stable")[:n_best_size]
+    firsts, lasts = firsts[is_context[firsts]], lasts[is_context[lasts]]
+    lengths = lasts - firsts[:, None] + 1
+    a, b = np.nonzero((lengths >= 1) & (lengths <= max_answer_length))
+    scores = start_logits[firsts[a]] + end_logits[lasts[b]]
+    best = np.argsort(-scores, kind="stable")[:n_best_size]
+    return np.stack([firsts[a[best]], lasts[b[best]]], axis=1)
+
+
+def _choose(
+    spans: list[Span], null: Span | None, n_best_size: int, null_threshold: float | None
+) -> Answer:
+    candidates = spans if null is None else [*spans, null]
+    n_best = sorted(candidates, key=Span.score, reverse=True)[:n_best_size]
+    if null is not None and null not in n_best:
+        n_best.append(null)
+    listed = []
+    if n_best:
+        probabilities = softmax([span.score() for span in n_best]).tolist()
+        listed = [
+            {**span._asdict(), "probability": probability}
+            for span, probability in zip(n_best, probabilities, strict=True)
+        ]
+    best = max(spans, key=Span.score, default=_NO_SPAN)
+    if null is None or null_threshold is None:
+        return Answer(best.text, best.text, None, listed)
+    odds = null.score() - best.score()
+    text = "" if odds > null_threshold else best.text
+    return Answer(text, best.text, odds, listed)

@@ -1,0 +1,151 @@
+"""Questions, each with every chunk of its context, and where answers lie in them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+
+from bert_finetune import data
+from bert_finetune.errors import UserError
+
+_INTEGERS = datasets.List(datasets.Value("int32"))
+
+
+class Chunks(NamedTuple):
+    """Tokenised questions, each with a chunk of its context.
+
+    Attributes:
+      features: an example is a question with a chunk; a question's stand together.
+      questions: int32, shape ``(chunks,)``, rising: whose chunk it is.
+      first_chars: int32, shape ``(tokens,)``: where in the context each token begins,
+        -1 for the tokens that are not of the context.
+      end_chars: likewise, behind its last character.
+    """
+
+    features: data.Features
+    questions: np.ndarray
+    first_chars: np.ndarray
+    end_chars: np.ndarray
+
+
+def cut(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    max_length: int,
+    stride: int,
+    *,
+    overwrite_cache: bool = False,
+) -> Chunks:
+    """Tokenises questions with their contexts, long ones in overlapping chunks.
+
+    A question so long that no chunk would get further than the one before is cut off.
+
+    Args:
+      dataset: holds ``question`` and ``context``.
+      tokenizer: the model's.
+      max_length: tokens of a question with a chunk, special tokens included.
+      stride: tokens of the context that a chunk shares with the one before.
+      overwrite_cache: tokenise also what is cached.
+
+    Raises:
+      UserError: if there is no room for a question and a new token of its context.
+    """
+    room = max_length - stride - tokenizer.num_special_tokens_to_add(pair=True) - 1
+    if room < 1:
+        raise UserError(
+            f"--doc_stride {stride} is too large for --max_seq_length {max_length}: "
+            "beside it must fit a question, special tokens and at least one token more."
+        )
+
+    def encode(batch: Mapping[str, list[str]], rows: list[int]) -> dict[str, Any]:
+        encoded = tokenizer(
+            _cut_off(batch["question"], tokenizer, room),
+            batch["context"],
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        offsets = [
+            [pair if part == 1 else (-1, -1) for pair, part in zip(*chunk, strict=True)]
+            for chunk in zip(
+                encoded["offset_mapping"],
+                (encoding.sequence_ids for encoding in encoded.encodings),
+                strict=True,
+            )
+        ]
+        return {
+            **{name: encoded[name] for name in data.TOKEN_COLUMNS},
+            "question": [rows[i] for i in encoded["overflow_to_sample_mapping"]],
+            "first_chars": [[first for first, _ in pairs] for pairs in offsets],
+            "end_chars": [[end for _, end in pairs] for pairs in offsets],
+        }
+
+    cut_up = data.map_cached(
+        dataset,
+        encode,
+        {
+            **data.TOKEN_COLUMNS,
+            "question": datasets.Value("int32"),
+            "first_chars": _INTEGERS,
+            "end_chars": _INTEGERS,
+        },
+        tokenizer,
+        ("chunks", max_length, stride),
+        overwrite_cache=overwrite_cache,
+    )
+    return Chunks(
+        data.features_of(cut_up, tokenizer, {}),
+        cut_up.data.column("question").to_numpy(),
+        data.ragged(cut_up, "first_chars")[0],
+        data.ragged(cut_up, "end_chars")[0],
+    )
+
+
+def _cut_off(questions: Sequence[str], tokenizer: Any, room: int) -> list[str]:
+    """Returns the questions without the tokens for which there is no room."""
+    offsets = tokenizer(
+        list(questions), add_special_tokens=False, return_offsets_mapping=True
+    )["offset_mapping"]
+    return [
+        question if len(pairs) <= room else question[: pairs[room][0]]
+        for question, pairs in zip(questions, offsets, strict=True)
+    ]
+
+
+def answer_positions(
+    chunks: Chunks, answers: Sequence[tuple[int, int] | None]
+) -> dict[str, np.ndarray]:
+    """Returns the first and the last token of each chunk's answer.
+
+    They are the narrowest that hold it; both are the first token of the chunk, [CLS],
+    where the answer is not in this chunk as a whole, or where there is none.
+
+    Args:
+      chunks: of the questions.
+      answers: of each question the characters of its context, first and end.
+
+    Returns:
+      ``start_positions`` and ``end_positions``, int32, shape ``(chunks,)``.
+    """
+    positions = np.zeros((2, len(chunks.questions)), np.int32)
+    starts = chunks.features.starts
+    for i, question in enumerate(chunks.questions):
+        answer = answers[question]
+        if answer is None:
+            continue
+        firsts = chunks.first_chars[starts[i] : starts[i + 1]]
+        ends = chunks.end_chars[starts[i] : starts[i + 1]]
+        [context] = np.nonzero(firsts >= 0)
+        firsts, ends = firsts[context], ends[context]
+        first_char, end_char = answer
+        if len(context) and firsts[0] <= first_char and end_char <= ends[-1]:
+            first = np.searchsorted(firsts, first_char, side="right") - 1
+            last = np.searchsorted(ends, end_char, side="left")
+            # Several tokens can be of one character, which has to be there as a whole.
+            first = np.searchsorted(firsts, firsts[first], side="left")
+            last = np.searchsorted(ends, ends[last], side="right") - 1
+            positions[:, i] = context[first], context[last]
+    return {"start_positions": positions[0], "end_positions": positions[1]}

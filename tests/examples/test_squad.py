@@ -1,0 +1,237 @@
+import json
+
+import datasets
+import pytest
+import toy_bert
+from bert_finetune import hub, squad
+from bert_finetune.arguments import QaArguments, parse_arguments
+from bert_finetune.errors import UserError
+
+ROWS = toy_bert.questions(12, with_negative=True)
+
+
+def arguments(*flags, with_negative=True):
+    required = ["--model_name_or_path=m", "--output_dir=o", "--do_train"]
+    negative = ["--version_2_with_negative"] * with_negative
+    return parse_arguments(QaArguments, [*required, *negative, *flags])
+
+
+def load(path, split="train", max_samples=None, **options):
+    args = arguments(f"--{split}_file={path}", f"--train_file={path}", **options)
+    return squad.load_split(args, split, max_samples)
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_rows(path, rows):
+    """Writes rows as the hub has them, in the format that the name says."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        toy_bert.write_parquet(path, {k: [row[k] for row in rows] for k in rows[0]})
+    else:
+        write_json(path, {"data": rows})
+    return path
+
+
+def assert_holds(questions, rows):
+    columns = ("id", "question", "context", "answers")
+    assert list(questions.dataset) == [{k: row[k] for k in columns} for row in rows]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_rows_as_the_hub_has_them(tmp_path, name):
+    assert_holds(load(write_rows(tmp_path / name, ROWS)), ROWS)
+
+
+def test_the_official_file(tmp_path):
+    questions = load(write_json(tmp_path / "a.json", toy_bert.as_squad_file(ROWS)))
+    assert_holds(questions, ROWS)
+    for row, span in zip(ROWS, questions.spans, strict=True):
+        text = None if span is None else row["context"][slice(*span)]
+        assert text == next(iter(row["answers"]["text"]), None)
+
+
+def test_a_test_file_needs_no_answers(tmp_path):
+    content = toy_bert.as_squad_file(ROWS)
+    for article in content["data"]:
+        del article["paragraphs"][0]["qas"][0]["answers"]
+    path = write_json(tmp_path / "a.json", content)
+    assert load(path, "test").dataset.column_names == ["id", "question", "context"]
+    with pytest.raises(UserError, match=r"'q000' of .*a.json must be two lists.*None"):
+        load(path, "validation")
+
+
+def test_directories_in_the_layout_of_the_hub(tmp_path):
+    toy_bert.write_squad(tmp_path, num_train=5)
+    for directory in (tmp_path, tmp_path / "squad_v2"):
+        args = arguments(f"--dataset_name={directory}")
+        assert len(squad.load_split(args, "train", None).dataset) == 5
+    args = arguments(f"--dataset_name={tmp_path}")
+    assert len(squad.load_split(args, "validation", 3).dataset) == 3
+    with pytest.raises(UserError, match=r"no \*/test-\*\.parquet in "):
+        squad.load_split(args, "test", None)
+    toy_bert.write_squad(tmp_path, num_train=6, with_negative=False)
+    with pytest.raises(UserError, match=r"more than one folder: give one of them"):
+        squad.load_split(args, "train", None)
+    args = arguments(f"--dataset_name={tmp_path}", "--dataset_config_name=plain_text")
+    assert len(squad.load_split(args, "train", None).dataset) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [
+        ("squad", "rajpurkar/squad"),
+        ("squad_v2", "rajpurkar/squad_v2"),
+        ("someone/questions", "someone/questions"),
+    ],
+)
+def test_short_names_go_where_the_hub_has_them(tmp_path, monkeypatch, name, hub_id):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    squad.load_split(arguments(f"--dataset_name={name}"), "train", None)
+    assert asked == [(hub_id, None, "train")]
+
+
+def changed(row, **entries):
+    return {**row, **entries}
+
+
+def answers(*pairs):
+    texts, starts = zip(*pairs, strict=True)
+    return {"text": list(texts), "answer_start": list(starts)}
+
+
+def test_what_cannot_be_trained_on_is_named_and_left_out(tmp_path, capsys):
+    row = {"question": "yes", "context": "red good film"}
+    rows = [
+        changed(row, id="right", answers=answers(("good film", 4), ("red", 7))),
+        changed(row, id="shifted", answers=answers(("good film", 3))),
+        changed(row, id="negative", answers=answers(("film", -4))),
+        changed(row, id="empty", answers=answers(("", 4))),
+        changed(row, id="none", answers={"text": [], "answer_start": []}),
+        changed(row, id="blank", context=" \n", answers=answers((" ", 0))),
+    ]
+    path = write_json(tmp_path / "a.json", {"data": rows})
+    questions = load(path)
+    assert questions.dataset["id"][:] == ["right", "none"]
+    assert questions.spans == [(4, 13), None]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"warning: 1 of 6 questions of {path} are left out: their context has no text "
+        "(blank).",
+        f"warning: 3 of 6 questions of {path} are left out: their answer does not "
+        "stand in the context at answer_start (shifted, negative, empty).",
+    ]
+    # Where answers stand does not count in evaluation.
+    assert len(load(path, "validation").dataset) == 6
+    assert "are left unanswered: their context has no text (blank)" in (
+        capsys.readouterr().err
+    )
+
+
+ROW = ROWS[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([changed(ROW, context=None)], "context of question 'q000' is not a text"),
+        ([changed(ROW, question=3)], "question of question 'q000' is not a text"),
+        ([{"context": "red"}], "entry 1 of 'data' .*KeyError: 'id'"),
+        (["red"], "entry 1 of 'data' in .*a.json is not in the form of SQuAD"),
+        ([{"paragraphs": [{"context": "", "qas": ["x"]}]}], "entry 1 of 'data' in"),
+        ([changed(ROW, answers=answers(("red", 2**40)))], "a.json cannot be read"),
+        ([changed(ROW, context="\ud83d")], "a.json cannot be read"),
+        ([changed(ROW, answers=answers(("red", 0.5)))], "answers of question 'q000'"),
+        ([changed(ROW, answers=answers(("red", "one")))], "answers of question 'q000'"),
+        ([changed(ROW, answers={"text": ["a"]})], "answers of question 'q000'"),
+        ([changed(ROW, context="")], "nothing is left of .*a.json to train on"),
+        ([], "a.json is empty"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, rows, message):
+    path = write_json(tmp_path / "a.json", {"data": rows})
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "a.json cannot be read: "),
+        ('{"id": 1}\n{"id": 2}', "A question on each line is .jsonl"),
+        ("[" * 100_000, "a.json cannot be read: "),
+        ("[]", "not in the form of SQuAD: it has no list 'data'"),
+        ('{"data": 1}', "not in the form of SQuAD: it has no list 'data'"),
+    ],
+)
+def test_what_is_not_squad(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_only_evaluation_tells_questions_by_their_ids(tmp_path):
+    rows = [ROW, changed(ROWS[1], id="q000")]
+    path = write_json(tmp_path / "a.json", {"data": rows})
+    assert len(load(path).dataset) == 2
+    with pytest.raises(UserError, match="more than one question with the id 'q000'"):
+        load(path, "validation")
+
+
+def test_other_formats_are_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,question,context,answers\n")
+    with pytest.raises(UserError, match=r"a.csv must end in .json, .jsonl or .parquet"):
+        load(path)
+
+
+def test_configurations_of_the_hub_are_named(tmp_path, monkeypatch):
+    def load_dataset(name, config, split):
+        raise ValueError("Config name is missing.\nPlease pick one of ['fi', 'ko']")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = r"several configurations: give --dataset_config_name. .*\['fi', 'ko'\]"
+    with pytest.raises(UserError, match=message):
+        squad.load_split(arguments("--dataset_name=someone/qa"), "train", None)
+
+
+def test_columns_of_other_files_are_checked(tmp_path):
+    columns = {k: [row[k] for row in ROWS] for k in ROW}
+    path = tmp_path / "a.parquet"
+    toy_bert.write_parquet(path, columns | {"context": [None] * len(ROWS)})
+    with pytest.raises(UserError, match=r"column 'context' .* must hold a text in"):
+        load(path)
+    toy_bert.write_parquet(path, columns | {"answers": [["red"]] * len(ROWS)})
+    with pytest.raises(UserError, match=r"'q000' .* two lists .* got \['red'\]"):
+        load(path)
+    del columns["answers"]
+    toy_bert.write_parquet(path, columns)
+    with pytest.raises(UserError, match="no column 'answers'; it has id, title"):
+        load(path)
+
+
+def test_version_1_has_an_answer_to_every_question(tmp_path):
+    unanswered = [row["id"] for row in ROWS if not row["answers"]["text"]]
+    path = write_json(tmp_path / "a.json", {"data": ROWS})
+    message = (
+        f"{len(unanswered)} of 12 questions of .* have no answer, '{unanswered[0]}' "
+        "for example: give --version_2_with_negative"
+    )
+    for split in ("train", "validation"):
+        with pytest.raises(UserError, match=message):
+            load(path, split, with_negative=False)
