@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MFAC = [
     *("--optim", "MFAC"),
     *("--optim_args", '{"lr": 1e-2, "num_grads": 64, "damp": 1e-4}'),

@@ -12,6 +12,8 @@ from bert_finetune import modeling, squad_metrics
 from bert_finetune.errors import UserError
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MFAC = ["--optim=MFAC", '--optim_args={"lr": 1e-2, "num_grads": 32, "damp": 1e-3}']
 ADAMW = ["--optim=adamw", "--learning_rate=1e-2"]
 TRAINING = [

@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import run_glue
@@ -310,14 +309,6 @@ def test_exit_codes(fake, tmp_path, monkeypatch, budget, seeds, code):
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(run_seeds.__file__, run_name="__main__")
     assert exit_info.value.code == code
-
-
-@pytest.fixture
-def quick_compilation():
-    """Compiling takes most of the time of five short runs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_questions_and_answers(monkeypatch, tmp_path):
