@@ -29,6 +29,7 @@ class ScaleByMFACState(NamedTuple):
     Attributes:
       count: updates so far, refused ones included; schedules of ``damp`` see it.
       gram: the Gram matrix ``K = G Gᵀ`` of the stored gradients, shape ``(m, m)``.
+      inverse: ``(m λ I + K)⁻¹``, from which the next solve follows, shape ``(m, m)``.
       window: the last ``m`` gradients, the rows of ``G``, in the tree of the
         parameters: of a leaf stored densely an array of shape ``(m, *leaf.shape)``, of
         another the tuple of arrays of its window kind.
@@ -42,6 +43,7 @@ class ScaleByMFACState(NamedTuple):
 
     count: jax.Array  # shape=(), dtype=jnp.int32
     gram: jax.Array  # shape=(num_grads, num_grads), dtype=float32 or float64
+    inverse: jax.Array  # shape=(num_grads, num_grads), dtype=gram.dtype
     window: Any  # num_grads gradients of every leaf
     damp: jax.Array  # shape=(), dtype=gram.dtype
     num_raised: jax.Array  # shape=(), dtype=jnp.int32
@@ -65,8 +67,10 @@ def scale_by_mfac(
         (m \lambda I + G G^T)\, c = e_i .
 
     :math:`m` is constant while the window fills, so the first step is about
-    :math:`m g / \lVert g \rVert^2`. A step costs two reads of the window and the
-    factorisation of an :math:`m \times m` matrix.
+    :math:`m g / \lVert g \rVert^2`. A step costs two reads of the window and
+    :math:`O(m^2)` for the solve, whose inverse follows from the step before; now and
+    then, where it has lost accuracy or the damping has changed, the factorisation of
+    an :math:`m \times m` matrix.
 
     Gram matrix and solve are in float32, or in float64 once anything in a window is.
     Where that precision cannot resolve the damping (identical or nearly parallel
@@ -155,11 +159,13 @@ def scale_by_mfac(
                 if jnp.issubdtype(leaf.dtype, jnp.floating)
             ),
         )
+        initial_damp = _value_at(damp, jnp.zeros((), jnp.int32), dtype)
         return ScaleByMFACState(
             count=jnp.zeros((), jnp.int32),
             gram=jnp.zeros((num_grads, num_grads), dtype),
+            inverse=_solve.initial_inverse(num_grads, initial_damp),
             window=windows,
-            damp=_value_at(damp, jnp.zeros((), jnp.int32), dtype),
+            damp=initial_damp,
             num_raised=jnp.zeros((), jnp.int32),
             num_refused=jnp.zeros((), jnp.int32),
             num_dropped=jnp.zeros((), jnp.int32),
@@ -195,7 +201,7 @@ def scale_by_mfac(
         gram = _with_row(state.gram, index, products)
         # 3. Solve (m λ I + K) c = e_i.
         solution = _solve.solve_for_row(
-            gram, index, _value_at(damp, state.count, dtype)
+            gram, state.inverse, index, _value_at(damp, state.count, dtype)
         )
         # 4. The direction m Gᵀ c: the second pass.
         newest = num_grads * solution.coefficients[index]
@@ -224,6 +230,7 @@ def scale_by_mfac(
             gram=_with_row(
                 state.gram, index, jnp.where(accepted, products, state.gram[index])
             ),
+            inverse=jnp.where(accepted, solution.inverse, state.inverse),
             window=_windows.unflatten(treedef, windows),
             damp=jnp.where(accepted, solution.damp, state.damp),
             num_raised=state.num_raised + (accepted & solution.raised),
@@ -410,7 +417,7 @@ def window_nbytes(state_or_shapes: Any) -> int:
     """Returns the bytes that the windows of an optimizer state take.
 
     Counts the stored gradients with their indices, scales and error buffers; not the
-    Gram matrix, which takes ``num_grads²`` numbers.
+    Gram matrix and its inverse, which take ``num_grads²`` numbers each.
 
     Args:
       state_or_shapes: a state that contains that of :func:`scale_by_mfac`, however

@@ -34,6 +34,25 @@ factorisation with the square roots of the pivots moved, and one factorisation o
 :math:`1 / \lambda`. :math:`\lambda` stands nowhere in :math:`K`, so it may
 change at every step.
 
+From one step to the next
+-------------------------
+A step replaces row and column :math:`i` of :math:`A` alone, so :math:`A^{-1}` follows
+from the one before in :math:`O(m^2)`. With :math:`p` its column :math:`i`, :math:`k`
+the new column of :math:`K` without its entry :math:`i`, and
+
+.. math::
+    Q = A^{-1} - \frac{p p^T}{p_i} \quad (\text{row and column } i \text{ are zero}),
+    \qquad
+    c = \frac{e_i - Q k}{K_{ii} + m \lambda - k^T Q k},
+    \qquad
+    A'^{-1} = Q + \frac{c c^T}{c_i} ,
+
+:math:`c` is the solution that the direction needs. It is refined against the exact
+:math:`K` before it enters the inverse, and has to pass a test: its residual must be
+below the rounding of :math:`K`. Where it does not, since the inverse has gathered
+errors (the sooner, the worse :math:`A` is conditioned) or :math:`\lambda` has changed,
+:math:`A` is factorised and inverted anew.
+
 When the dtype cannot resolve the damping
 -----------------------------------------
 :math:`K` is known to about :math:`\epsilon \max_j K_{jj}`. Where gradients are
@@ -51,6 +70,8 @@ from jax import lax
 
 # Largest relative error of a direction that passes for resolved.
 _TOLERANCE = 0.01
+# Of a solution that follows from the step before. One is enough for most windows.
+_REFINEMENTS = 2
 # Factors of four: enough to cross the whole range of float32, so that the loop ends
 # even on a damping that no solve can pass.
 _MAX_RAISES = 64
@@ -61,51 +82,135 @@ class Solution(NamedTuple):
 
     Attributes:
       coefficients: ``c`` with ``(m λ I + K) c = e_i``, shape ``(m,)``.
+      inverse: ``(m λ I + K)⁻¹``, shape ``(m, m)``.
       damp: the damping ``λ`` of that system, shape ``()``.
       raised: whether ``λ`` is above the one asked for, shape ``()``, boolean.
     """
 
     coefficients: jax.Array
+    inverse: jax.Array
     damp: jax.Array
     raised: jax.Array
 
 
-def solve_for_row(gram: jax.Array, index: jax.Array, damp: jax.Array) -> Solution:
+def initial_inverse(num_grads: int, damp: jax.Array) -> jax.Array:
+    """Returns the inverse for an empty window, ``I / (m λ)``."""
+    return jnp.eye(num_grads, dtype=damp.dtype) / (num_grads * damp)
+
+
+def solve_for_row(
+    gram: jax.Array, inverse: jax.Array, index: jax.Array, damp: jax.Array
+) -> Solution:
     """Solves ``(m λ I + K) c = e_index`` for the least damping that can be resolved.
 
     Args:
       gram: the Gram matrix ``K``, shape ``(m, m)``; its dtype is that of the solve.
-      index: the row of the window that is preconditioned, int32 scalar.
+      inverse: that of the step before, from which ``gram`` differs in one row and
+        column. If it is of another matrix, it costs a factorisation, not accuracy.
+      index: the row of the window that is new and preconditioned, int32 scalar.
       damp: the damping ``λ`` asked for, a scalar of ``gram``'s dtype.
 
     Returns:
       The coefficients, always finite, with the damping that was used: ``damp``
-      itself wherever the dtype resolves it, so that a healthy step factorises once.
+      itself wherever the dtype resolves it.
     """
     num_grads, eps = gram.shape[0], jnp.finfo(gram.dtype).eps
     unit = jax.nn.one_hot(index, num_grads, dtype=gram.dtype)
     largest = jnp.max(jnp.diagonal(gram))
+    # A damping that is not positive makes F singular: the smallest normal number stands
+    # in for it, and is what the state reports.
+    damp = jnp.where(damp > 0, damp, jnp.finfo(gram.dtype).tiny).astype(gram.dtype)
 
     def attempt(state):
-        raises, damp, _, _ = state
-        damp = jnp.where(raises == 0, damp, jnp.maximum(4 * damp, eps * largest))
+        attempts, damp, _, _ = state
+        damp = jnp.where(attempts == 0, damp, jnp.maximum(4 * damp, eps * largest))
         coefficients, residual = _refined_solve(gram, damp, unit)
         resolved = _is_resolved(gram, index, coefficients, residual)
-        return raises + 1, damp, coefficients, resolved
+        return attempts + 1, damp, coefficients, resolved
 
+    coefficients, residual = _solve_from_previous(gram, inverse, index, damp, unit)
+    # The Gram matrix itself is not known better than this.
+    rounding = eps * largest * jnp.sum(jnp.abs(coefficients))
+    follows = (
+        (jnp.max(jnp.abs(residual)) <= rounding)
+        & (coefficients[index] > 0)
+        & _is_resolved(gram, index, coefficients, residual)
+    )
     attempts, damp, coefficients, resolved = lax.while_loop(
         lambda state: ~state[3] & (state[0] <= _MAX_RAISES),
         attempt,
-        # A damping that is not positive makes F singular: the smallest normal number
-        # stands in for it, and is what the state reports.
-        (
-            jnp.zeros((), jnp.int32),
-            jnp.where(damp > 0, damp, jnp.finfo(gram.dtype).tiny).astype(gram.dtype),
-            jnp.zeros_like(unit),
-            jnp.zeros((), bool),
-        ),
+        (jnp.zeros((), jnp.int32), damp, coefficients, follows),
     )
-    return Solution(jnp.where(resolved, coefficients, 0), damp, attempts > 1)
+    new_inverse = lax.switch(
+        jnp.minimum(attempts, 2),
+        [
+            lambda: _without(inverse, index) + _square(coefficients, index),
+            lambda: _inverse(gram, damp),
+            # That of a raised damping would not help the next step.
+            lambda: inverse,
+        ],
+    )
+    return Solution(
+        jnp.where(resolved, coefficients, 0), new_inverse, damp, attempts > 1
+    )
+
+
+def _solve_from_previous(
+    gram: jax.Array,
+    inverse: jax.Array,
+    index: jax.Array,
+    damp: jax.Array,
+    unit: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Solves for row ``index`` by the inverse before it; also returns the residual."""
+    shift = gram.shape[0] * damp
+    pivot_row = _normalized_row(inverse, index)
+
+    def without_row(x):
+        y = _product(inverse, x) - pivot_row * _product(pivot_row, x)
+        return jnp.where(unit > 0, 0, y)
+
+    def residual(solution):
+        return unit - (_product(gram, solution) + shift * solution)
+
+    row = jnp.where(unit > 0, 0, gram[index])
+    others = without_row(row)
+    solution = (unit - others) / (gram[index, index] + shift - _product(row, others))
+    new_row = solution / jnp.sqrt(solution[index])
+    for _ in range(_REFINEMENTS):
+        rest = residual(solution)
+        solution += without_row(rest) + new_row * _product(new_row, rest)
+    return solution, residual(solution)
+
+
+def _normalized_row(inverse: jax.Array, index: jax.Array) -> jax.Array:
+    return inverse[index] / jnp.sqrt(inverse[index, index])
+
+
+def _without(inverse: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns the inverse of ``A`` without row and column ``index``, zero there."""
+    row = _normalized_row(inverse, index)
+    is_other = jnp.arange(len(row)) != index
+    return jnp.where(
+        is_other[:, None] & is_other[None, :], inverse - jnp.outer(row, row), 0
+    )
+
+
+def _square(coefficients: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns ``c cᵀ / c_i``, symmetric to the bit."""
+    row = coefficients / jnp.sqrt(coefficients[index])
+    return jnp.outer(row, row)
+
+
+def _inverse(gram: jax.Array, damp: jax.Array) -> jax.Array:
+    identity = jnp.eye(*gram.shape, dtype=gram.dtype)
+    factor = _factor(gram, damp)
+    half = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
+    return _product(half.T, half)
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
 
 def damped_solve(gram: jax.Array, damp: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -126,14 +231,10 @@ def _refined_solve(
     gram: jax.Array, damp: jax.Array, rhs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One factorisation, one step of refinement; returns solution and residual."""
-    shift = gram.shape[0] * damp
-    factor = jnp.linalg.cholesky(
-        gram + shift * jnp.eye(*gram.shape, dtype=gram.dtype), symmetrize_input=False
-    )
+    shift, factor = gram.shape[0] * damp, _factor(gram, damp)
 
     def residual(solution):
-        product = jnp.matmul(gram, solution, precision=lax.Precision.HIGHEST)
-        return rhs - (product + shift * solution)
+        return rhs - (_product(gram, solution) + shift * solution)
 
     def solve(rhs):
         return jax.scipy.linalg.cho_solve((factor, True), rhs)
@@ -141,6 +242,11 @@ def _refined_solve(
     solution = solve(rhs)
     solution = solution + solve(residual(solution))
     return solution, residual(solution)
+
+
+def _factor(gram: jax.Array, damp: jax.Array) -> jax.Array:
+    shift = gram.shape[0] * damp * jnp.eye(*gram.shape, dtype=gram.dtype)
+    return jnp.linalg.cholesky(gram + shift, symmetrize_input=False)
 
 
 def _is_resolved(

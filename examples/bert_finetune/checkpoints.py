@@ -6,6 +6,7 @@ orbax, and `trainer_state.json`, what the loop around it knows. It appears whole
 rename, or not at all.
 """
 
+import inspect
 import json
 import logging
 import math
@@ -213,15 +214,16 @@ def _problem_of(action: Callable[[], None]) -> str | None:
     logging.disable(logging.NOTSET)
     threading.excepthook, sys.unraisablehook = hooks
     if problem is not None:
-        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+        sys.unraisablehook = _without_abandoned_writes(sys.unraisablehook)
     return problem
 
 
-def _without_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+def _without_abandoned_writes(hook: Callable[[Any], object]) -> Callable[[Any], object]:
     """Writes that orbax abandons end when they like, and miss their event loop."""
 
     def filtered(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        is_closed_loop = str(unraisable.exc_value) == "Event loop is closed"
+        if not (is_closed_loop or inspect.iscoroutine(unraisable.object)):
             hook(unraisable)
 
     return filtered
@@ -241,7 +243,11 @@ def _is_mfac(node: Any) -> bool:
 
 def _without_windows(state: training.TrainState) -> training.TrainState:
     return jax.tree.map(
-        lambda node: node._replace(gram=None, window=None) if _is_mfac(node) else node,
+        lambda node: (
+            node._replace(gram=None, inverse=None, window=None)
+            if _is_mfac(node)
+            else node
+        ),
         state,
         is_leaf=_is_mfac,
     )
@@ -253,6 +259,8 @@ def _with_new_windows(
     def fill(node: Any, new_node: Any) -> Any:
         if not _is_mfac(node):
             return node
-        return node._replace(gram=new_node.gram, window=new_node.window)
+        return node._replace(
+            gram=new_node.gram, inverse=new_node.inverse, window=new_node.window
+        )
 
     return jax.tree.map(fill, state, new, is_leaf=_is_mfac)
