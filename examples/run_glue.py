@@ -23,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(GlueArguments, argv)
     # Only now the slow imports, so that a mistake in a flag shows at once.
-    from bert_finetune import glue
+    from bert_finetune import compilation_cache, glue
 
+    compilation_cache.enable()
     with errors.explained():
         return glue.run(args, shlex.join(["python", "examples/run_glue.py", *argv]))
 

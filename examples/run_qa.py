@@ -23,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(QaArguments, argv)
     # Only now the slow imports, so that a mistake in a flag shows at once.
-    from bert_finetune import qa
+    from bert_finetune import compilation_cache, qa
 
+    compilation_cache.enable()
     with errors.explained():
         return qa.run(args, shlex.join(["python", "examples/run_qa.py", *argv]))
 
