@@ -1,24 +1,85 @@
-"""Time and memory of one update, as ratios to the two bare products it consists of.
+"""Time and memory of one update, as ratios to two reads of its window.
 
-    python benchmarks/step_time.py --num_grads 256 --size 1000000
+    python benchmarks/step_time.py
 
-A step cannot be faster than two reads of the window. Their price is measured in the
-same process: one matrix-vector product `G g` and one combination `c G` of the array.
+A step cannot be faster than two reads of the window. Their price is that of the bare
+products `G g` and `c G` of a dense array, measured in the same process. `adamw` is the
+time of one step of `optax.adamw` on the same parameters. Prints a table, and with
+`--output` writes it as JSON with the device, the versions and the commit.
 """
 
 import argparse
+import functools
 import json
 import platform
+import subprocess
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 
 import mfac_jax
-from mfac_jax import _dense_window
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def encoder_shapes(num_layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a BERT encoder with a classifier of two labels."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "word_embeddings": (30_522, hidden),
+        "position_embeddings": (512, hidden),
+        "token_type_embeddings": (2, hidden),
+        "embeddings_norm": (2, hidden),
+        "pooler": (hidden + 1, hidden),
+        "classifier": (hidden + 1, 2),
+    }
+    for i in range(num_layers):
+        for name in ("query", "key", "value", "output"):
+            shapes |= {f"{i}_{name}": (hidden, hidden), f"{i}_{name}_bias": (hidden,)}
+        shapes |= {
+            f"{i}_intermediate": (hidden, 4 * hidden),
+            f"{i}_intermediate_bias": (4 * hidden,),
+            f"{i}_out": (4 * hidden, hidden),
+            f"{i}_out_bias": (hidden,),
+        }
+        shapes |= {f"{i}_{name}": (hidden,) for name in ("scale", "shift")}
+        shapes |= {f"{i}_out_{name}": (hidden,) for name in ("scale", "shift")}
+    return shapes
+
+
+BERT_TINY = encoder_shapes(2, 128)
+# Rows of the tables that a batch of QQP touches: 32 pairs of up to 128 tokens.
+TOUCHED = {"word_embeddings": 450, "position_embeddings": 128}
+
+
+class Case(NamedTuple):
+    """What is measured."""
+
+    window: Any
+    num_grads: int
+    shapes: Shapes
+
+
+CASES = {
+    "dense, 1 M": Case(None, 256, {"kernel": (7_812, 128)}),
+    "dense, BERT-tiny": Case(None, 256, BERT_TINY),
+    "dense bfloat16, BERT-tiny": Case(
+        mfac_jax.DenseWindow(jnp.bfloat16), 256, BERT_TINY
+    ),
+    "int8, BERT-tiny": Case(mfac_jax.Int8Window(), 256, BERT_TINY),
+    "row-sparse, BERT-tiny": Case(mfac_jax.compact_windows(TOUCHED), 256, BERT_TINY),
+    "row-sparse, BERT-tiny, 1024": Case(
+        mfac_jax.compact_windows(TOUCHED), 1024, BERT_TINY
+    ),
+    "row-sparse bfloat16, BERT-tiny, 1024": Case(
+        mfac_jax.compact_windows(TOUCHED, jnp.bfloat16), 1024, BERT_TINY
+    ),
+    "top-k 1 %, BERT-tiny, 1024": Case(mfac_jax.TopKWindow(0.01), 1024, BERT_TINY),
+}
 
 
 def best_time(call: Callable[[], object], repeats: int) -> float:
@@ -32,75 +93,118 @@ def best_time(call: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def measure(num_grads: int, size: int, repeats: int) -> dict[str, float]:
-    """Measures update and bare products for one leaf of ``size`` numbers."""
-    shape = (size // 128, 128)
-    gradient = jax.random.normal(jax.random.key(0), shape)
-    opt = mfac_jax.scale_by_mfac(num_grads)
-    update = jax.jit(opt.update, donate_argnums=1)
-    state: Any = opt.init(gradient)
-    memory: Any = update.lower(gradient, state).compile().memory_analysis()
-    for i in range(4):
-        _, state = update(jax.random.normal(jax.random.key(i), shape), state)
+@functools.partial(jax.jit, static_argnums=1)
+def random_gradient(key: jax.Array, shapes: tuple[tuple[str, tuple[int, ...]], ...]):
+    """Returns a gradient of norm 1, zero in the rows that a batch does not touch."""
+    leaves = {}
+    for i, (name, shape) in enumerate(shapes):
+        leaf_key, row_key = jax.random.split(jax.random.fold_in(key, i))
+        leaf = jax.random.normal(leaf_key, shape)
+        if name in TOUCHED:
+            order = jax.random.permutation(row_key, shape[0])
+            leaf = jnp.where(order[:, None] < TOUCHED[name], leaf, 0)
+        leaves[name] = leaf
+    norm = optax.tree.norm(leaves)
+    return jax.tree.map(lambda leaf: leaf / norm, leaves)
 
-    def step():
-        nonlocal state
-        direction, state = update(gradient, state)
-        return direction
 
-    step_time = best_time(step, repeats)
-    flat = jnp.reshape(state.window, (num_grads, -1))
-    del state
-    vector, coefficients = gradient.ravel(), jnp.ones(num_grads)
-    product = jax.jit(lambda g, x: jnp.matmul(g, x, precision="highest"))
-    product_time = best_time(lambda: product(flat, vector), repeats)
-    combination_time = best_time(lambda: product(coefficients, flat), repeats)
+def measure(case: Case, bandwidth: float, repeats: int) -> dict[str, float]:
+    """Measures the update of a case, with a new gradient each time.
 
-    window = jax.random.uniform(jax.random.key(1), (8, *shape), minval=0.5)
-    exact = np.asarray(window, np.float64).reshape(8, -1)
-    exact = exact @ exact[0]
-    errors = {
-        "row_products": _dense_window.DenseGradients(window).products(
-            window[0], jnp.float32
-        ),
-        "bare_product": product(window.reshape(8, -1), window[0].ravel()),
-    }
+    The same gradient again would raise the damping, and what a step of a healthy window
+    costs would not be seen.
+    """
+    params = {name: jnp.zeros(shape) for name, shape in case.shapes.items()}
+    shapes = tuple(case.shapes.items())
+
+    def time_of(optimizer: Any, num_steps: int) -> tuple[float, Any]:
+        update = jax.jit(optimizer.update, donate_argnums=1)
+        state, times = jax.jit(optimizer.init)(params), []
+        for i in range(num_steps):
+            gradient = random_gradient(jax.random.key(i), shapes)
+            jax.block_until_ready((gradient, state))
+            start = time.perf_counter()
+            updates, state = jax.block_until_ready(update(gradient, state, params))
+            times.append(time.perf_counter() - start)
+            del updates
+        return min(times[2:]), state
+
+    optimizer = mfac_jax.scale_by_mfac(case.num_grads, window=case.window)
+    abstract: Any = jax.eval_shape(optimizer.init, params)
+    lowered = jax.jit(optimizer.update, donate_argnums=1).lower(params, abstract)
+    memory: Any = lowered.compile().memory_analysis()
+    nbytes = mfac_jax.window_nbytes(abstract)
+    adamw, _ = time_of(optax.adamw(1e-4), repeats + 2)
+    step, state = time_of(optimizer, repeats + 2)
+    assert state.num_raised == 0, "the damping was raised"
     return {
-        "num_grads": num_grads,
-        "size": size,
-        "update_ms": 1e3 * step_time,
-        "bare_products_ms": 1e3 * (product_time + combination_time),
-        "ratio": step_time / (product_time + combination_time),
-        "read_gb_per_s": 2 * flat.nbytes / step_time / 1e9,
-        "temporaries_in_gradients": memory.temp_size_in_bytes / gradient.nbytes,
-        **{
-            f"{name}_error": float(np.max(np.abs(value - exact) / exact))
-            for name, value in errors.items()
-        },
+        "num_grads": case.num_grads,
+        "window_mb": nbytes / 1e6,
+        "update_ms": 1e3 * step,
+        "two_reads_ms": 1e3 * 2 * nbytes / bandwidth,
+        "ratio": step * bandwidth / (2 * nbytes),
+        "ratio_to_adamw": step / adamw,
+        "temporaries_mb": memory.temp_size_in_bytes / 1e6,
     }
+
+
+def bandwidth_of_products(repeats: int) -> float:
+    """Returns the bytes per second that `G g` and `c G` read of a float32 array."""
+    num_grads, size = 256, 999_936
+    window = jax.random.normal(jax.random.key(0), (num_grads, size))
+    vector, coefficients = jnp.ones(size), jnp.ones(num_grads)
+    product = jax.jit(lambda x, y: jnp.matmul(x, y, precision="highest"))
+    seconds = best_time(lambda: product(window, vector), repeats)
+    seconds += best_time(lambda: product(coefficients, window), repeats)
+    return 2 * window.nbytes / seconds
 
 
 def environment() -> dict[str, str]:
-    """Returns device and versions."""
+    """Returns device, versions and commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
     }
 
 
 def main() -> None:
-    """Prints one JSON object: the measurement, the device and the versions."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num_grads", type=int, default=256)
-    parser.add_argument("--size", type=int, default=1_000_000)
-    parser.add_argument("--repeats", type=int, default=20)
+    """Prints the table, a row when it is measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
-    result = {
-        **measure(args.num_grads, args.size, args.repeats),
-        **environment(),
-    }
-    print(json.dumps(result, indent=2))
+    bandwidth = bandwidth_of_products(args.repeats)
+    print(f"Two bare products read {bandwidth / 1e9:.1f} GB/s.\n")
+    titles = "window m MB ms ratio adamw temporaries".split()
+    print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * 6)
+    results = {}
+    for name in args.cases:
+        found = results[name] = measure(CASES[name], bandwidth, args.repeats)
+        print(
+            f"| {name} | {found['num_grads']} | {found['window_mb']:,.0f} | "
+            f"{found['update_ms']:.1f} | {found['ratio']:.2f} | "
+            f"{found['ratio_to_adamw']:.1f} | {found['temporaries_mb']:.0f} MB |",
+            flush=True,
+        )
+    if args.output is not None:
+        content = {
+            **environment(),
+            "bandwidth_gb_per_s": bandwidth / 1e9,
+            "results": results,
+        }
+        args.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
