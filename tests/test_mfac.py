@@ -10,6 +10,8 @@ import pytest
 
 import mfac_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STATIC = ("num_grads", "mask", "window")
 
 

@@ -14,6 +14,8 @@ from absl.testing import parameterized
 
 import mfac_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # The sparse ones leave something out of the gradients: of matrices, or of all.
 WINDOWS = {
     "Dense": mfac_jax.DenseWindow(),
