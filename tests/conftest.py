@@ -27,5 +27,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 def quick_compilation():
     """Compiles with few optimizations, which takes most of the time of short runs."""
     jax.config.update("jax_disable_most_optimizations", True)
+    # Processes that a test starts inherit this.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)
