@@ -3,8 +3,8 @@
     python benchmarks/solve_time.py
 
 `follows` is what a step costs as a rule; `made anew` is one whose inverse had to be
-factorised and inverted again; `factorised` is the factorisation and the refined solution
-alone, which is what a step would cost without keeping an inverse.
+factorised and inverted again; `factorised` is the factorisation and the refined
+solution alone, which is what a step would cost without keeping an inverse.
 """
 
 import argparse
