@@ -136,23 +136,23 @@ def solve_for_row(
         & (coefficients[index] > 0)
         & _is_resolved(gram, index, coefficients, residual)
     )
-    attempts, damp, coefficients, resolved = lax.while_loop(
-        lambda state: ~state[3] & (state[0] <= _MAX_RAISES),
-        attempt,
-        (jnp.zeros((), jnp.int32), damp, coefficients, follows),
-    )
-    new_inverse = lax.switch(
-        jnp.minimum(attempts, 2),
-        [
-            lambda: _without(inverse, index) + _square(coefficients, index),
-            lambda: _inverse(gram, damp),
-            # That of a raised damping would not help the next step.
-            lambda: inverse,
-        ],
-    )
-    return Solution(
-        jnp.where(resolved, coefficients, 0), new_inverse, damp, attempts > 1
-    )
+
+    def update():
+        new_inverse = _without(inverse, index) + _square(coefficients, index)
+        return Solution(coefficients, new_inverse, damp, jnp.zeros((), bool))
+
+    def factorise():
+        attempts, used, solution, resolved = lax.while_loop(
+            lambda state: ~state[3] & (state[0] <= _MAX_RAISES),
+            attempt,
+            (jnp.zeros((), jnp.int32), damp, coefficients, jnp.zeros((), bool)),
+        )
+        raised = attempts > 1
+        # The inverse of a raised damping would not help the next step.
+        new_inverse = lax.cond(raised, lambda: inverse, lambda: _inverse(gram, damp))
+        return Solution(jnp.where(resolved, solution, 0), new_inverse, used, raised)
+
+    return lax.cond(follows, update, factorise)
 
 
 def _solve_from_previous(
