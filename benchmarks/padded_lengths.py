@@ -44,7 +44,8 @@ class Steps:
 
     Attributes:
       seconds: spent in steps.
-      losses: of all steps.
+      ready_seconds: likewise, in steps whose batches were on the device before.
+      losses: of the steps.
     """
 
     def __init__(self, run: trainer.Run, loss_fn: training.LossFn):
@@ -60,16 +61,31 @@ class Steps:
         )
         self.compile_seconds = time.perf_counter() - started
         self._batches = data.prefetch(data.train_batches(run.train_data))
-        self.seconds, self.losses = 0.0, []
+        self.seconds = self.ready_seconds = 0.0
+        self.losses: list[float] = []
 
     def take(self, num_steps: int) -> None:
-        """Takes steps and waits for the last."""
+        """Takes steps as the trainer does and waits for the last."""
         started = time.perf_counter()
-        for batch in itertools.islice(self._batches, num_steps):
+        queue = training.MetricsQueue(
+            lambda step, metrics: self.losses.append(metrics["loss"])
+        )
+        for i, batch in enumerate(itertools.islice(self._batches, num_steps)):
             self._state, metrics = self._step(self._state, batch)
-            self.losses.append(metrics["loss"])
+            queue.put(i, metrics)
+        queue.flush()
         jax.block_until_ready(self._state)
         self.seconds += time.perf_counter() - started
+
+    def take_ready(self, num_steps: int) -> None:
+        """Takes steps with nothing for the host to do but to dispatch them."""
+        batches = jax.device_put(list(itertools.islice(self._batches, num_steps)))
+        jax.block_until_ready(batches)
+        started = time.perf_counter()
+        for batch in batches:
+            self._state, _ = self._step(self._state, batch)
+        jax.block_until_ready(self._state)
+        self.ready_seconds += time.perf_counter() - started
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from mfac_jax import _solve, _storage, _windows
+from mfac_jax import _groups, _solve, _storage, _windows
 from mfac_jax._dense_window import DenseWindow
 from mfac_jax._row_sparse_window import RowSparseWindow
 from mfac_jax._windows import StoredGradients, Window, WindowFn
@@ -174,7 +174,9 @@ def scale_by_mfac(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         dtype = state.gram.dtype
-        grads, windows, treedef = _match(updates, state.window)
+        leaves, leaf_windows, treedef = _match(updates, state.window)
+        groups = _groups.group(leaf_windows)
+        grads, windows = groups.pack(leaves), groups.pack_windows(leaf_windows)
         index = (state.count - state.num_refused) % num_grads
 
         # 1. The newest row of G is the gradient as the window stores it. It is written
@@ -214,9 +216,12 @@ def scale_by_mfac(
         accepted = finite
         for direction in directions:
             accepted &= jnp.all(jnp.isfinite(direction))
+        directions = groups.unpack(
+            [jnp.where(accepted, direction, 0) for direction in directions], leaves
+        )
         directions = [
-            _saturating_cast(jnp.where(accepted, direction, 0), g.dtype)
-            for direction, g in zip(directions, grads, strict=True)
+            _saturating_cast(direction, leaf.dtype)
+            for direction, leaf in zip(directions, leaves, strict=True)
         ]
         windows = [
             w.write(index, e.row, accepted)
@@ -231,7 +236,7 @@ def scale_by_mfac(
                 state.gram, index, jnp.where(accepted, products, state.gram[index])
             ),
             inverse=jnp.where(accepted, solution.inverse, state.inverse),
-            window=_windows.unflatten(treedef, windows),
+            window=_windows.unflatten(treedef, groups.unpack_windows(windows)),
             damp=jnp.where(accepted, solution.damp, state.damp),
             num_raised=state.num_raised + (accepted & solution.raised),
             num_refused=state.num_refused + ~accepted,

@@ -1,0 +1,168 @@
+"""The update as XLA compiles it for an NVIDIA H100: kernels, passes, temporaries.
+
+    pip install --no-deps jax-cuda13-pjrt==0.10.2 jax-cuda13-plugin==0.10.2
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/gpu_program.py
+
+Nothing is run and no GPU is needed, only the compiler in these packages, which must
+have the version of jaxlib. `reads` is how
+often the program reads a byte of the window, on average: a step needs two reads.
+`temporaries` beside the window show that it is written in place. Prints a table, and
+with `--output` writes it as JSON.
+"""
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from step_time import CASES, Case, environment
+
+import mfac_jax
+
+# What the compiler has to know of the device; XLA's own record of it has these fields.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 device_memory_size: 84942979072
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+ITEM_BITS = {"f32": 32, "bf16": 16, "f16": 16, "s8": 8, "u8": 8, "u16": 16, "u32": 32}
+
+
+class Instruction(NamedTuple):
+    """One line of a program in HLO, XLA's intermediate language."""
+
+    name: str
+    dtype: str
+    shape: str
+    operation: str
+    operands: list[str]
+    rest: str
+
+
+def computations(program: str) -> dict[str, list[Instruction]]:
+    """Returns the instructions of every computation; the program's own is ENTRY."""
+    found: dict[str, list[Instruction]] = {}
+    instructions: list[Instruction] = []
+    line_pattern = re.compile(
+        r" +(?:ROOT )?%([\w.-]+) = \(?(\w+)\[([\d,]*)\].*? ([a-z][\w-]*)\((.*?)\)(.*)"
+    )
+    for line in program.splitlines():
+        if start := re.match(r"(ENTRY )?%([\w.-]+) .*\{$", line):
+            instructions = found["ENTRY" if start[1] else start[2]] = []
+        elif match := line_pattern.match(line):
+            name, dtype, shape, operation, inputs, rest = match.groups()
+            operands = re.findall(r"[\w.-]+", re.sub(r"/\*.*?\*/", "", inputs))
+            instructions.append(
+                Instruction(name, dtype, shape, operation, operands, rest)
+            )
+    return found
+
+
+def num_reads(
+    program: dict[str, list[Instruction]], computation: str, name: str
+) -> int:
+    """Returns how often all of an array is read."""
+    reads = 0
+    for step in program[computation]:
+        if name not in step.operands:
+            continue
+        if step.operation == "bitcast":
+            reads += num_reads(program, computation, step.name)
+        elif step.operation == "fusion":
+            called = re.findall(r"calls=%([\w.-]+)", step.rest)[0]
+            position = [str(step.operands.index(name))]
+            (inside,) = (
+                x.name
+                for x in program[called]
+                if x.operation == "parameter" and x.operands == position
+            )
+            # What a kernel needs twice it has in its registers.
+            reads += min(1, num_reads(program, called, inside))
+        elif step.operation not in ("dynamic-slice", "dynamic-update-slice", "tuple"):
+            reads += 1  # These three see one row, or only pass the array on.
+    return reads
+
+
+def reads_of_window(program: dict[str, list[Instruction]]) -> float:
+    """Returns the bytes read of the window, in units of its bytes."""
+    total = read = 0
+    for step in program["ENTRY"]:
+        if step.operation == "parameter" and 'op_name="state.window' in step.rest:
+            size = math.prod(map(int, step.shape.split(",")))
+            total += size * ITEM_BITS[step.dtype]
+            reads = num_reads(program, "ENTRY", step.name)
+            read += reads * size * ITEM_BITS[step.dtype]
+    return read / total
+
+
+def measure(case: Case, device: Any) -> dict[str, float]:
+    """Compiles the donated update of a case."""
+    optimizer = mfac_jax.scale_by_mfac(case.num_grads, window=case.window)
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in case.shapes.items()}
+    state: Any = jax.eval_shape(optimizer.init, params)
+    sharding = SingleDeviceSharding(device)
+    placed: Any = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        (params, state),
+    )
+    update: Any = jax.jit(optimizer.update, donate_argnums=1)
+    compiled = update.trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+    program = computations(compiled.as_text())
+    return {
+        "num_grads": case.num_grads,
+        "window_mb": mfac_jax.window_nbytes(state) / 1e6,
+        "kernels": sum(
+            step.operation in ("fusion", "copy", "custom-call")
+            for step in program["ENTRY"]
+        ),
+        "reads": reads_of_window(program),
+        "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    }
+
+
+def main() -> None:
+    """Prints the table, a row when it is compiled."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    args = parser.parse_args()
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology="1x1x1", target_config=H100
+    )
+    print("| window | m | MB | kernels | reads | temporaries |")
+    print("| --- |" + " ---: |" * 5)
+    results = {}
+    for name in args.cases:
+        found = results[name] = measure(CASES[name], topology.devices[0])
+        print(
+            f"| {name} | {found['num_grads']} | {found['window_mb']:,.0f} | "
+            f"{found['kernels']} | {found['reads']:.2f} | "
+            f"{found['temporaries_mb']:.0f} MB |",
+            flush=True,
+        )
+    if args.output is not None:
+        content = {**environment(), "compiled_for": "NVIDIA H100", "results": results}
+        args.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+r"""Time of an update of the authors' PyTorch optimizer and of ours, in one process.
+
+    git clone https://github.com/IST-DASLab/M-FAC
+    pip install torch
+    PYTHONPATH=examples python benchmarks/published_code.py --reference M-FAC
+
+Both get the same number of gradients of BERT-tiny's shapes, on the same device: a GPU
+where both have one. Their matrix kernels in CUDA are used if they are installed. On a
+CPU a substitute eliminates for theirs what PyTorch does on GPUs alone, so that ratios
+count on a GPU only. Prints a table, and with `--output` writes it as JSON.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Both programs have to fit on the device.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+from crosscheck_pytorch import published_code
+from step_time import BERT_TINY, TOUCHED, environment, random_gradient
+
+import mfac_jax
+
+WINDOWS = {
+    "dense": None,
+    "row-sparse": mfac_jax.compact_windows(TOUCHED),
+    "row-sparse bfloat16": mfac_jax.compact_windows(TOUCHED, jnp.bfloat16),
+}
+SHAPES = tuple(BERT_TINY.items())
+
+
+def best_step(step: Callable[[jax.Array], float], repeats: int) -> float:
+    """Returns the seconds of the fastest step, each with a gradient of its own."""
+    return min([step(jax.random.key(i)) for i in range(repeats + 2)][2:])
+
+
+def our_step(window: Any, num_grads: int) -> Callable[[jax.Array], float]:
+    """Returns a function from a key to the seconds of an update."""
+    optimizer = mfac_jax.scale_by_mfac(num_grads, window=window)
+    update = jax.jit(optimizer.update, donate_argnums=1)
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES}
+    state = jax.jit(optimizer.init)(params)
+
+    def step(key: jax.Array) -> float:
+        nonlocal state
+        gradient = jax.block_until_ready(random_gradient(key, SHAPES))
+        start = time.perf_counter()
+        _, state = jax.block_until_ready(update(gradient, state))
+        return time.perf_counter() - start
+
+    return step
+
+
+def their_step(module: ModuleType, num_grads: int) -> Callable[[jax.Array], float]:
+    """Returns the same for the authors' optimizer."""
+    torch = module.torch
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda:0" if on_gpu else "cpu")
+    params = [torch.zeros(shape, device=device) for _, shape in SHAPES]
+    optimizer = module.MFAC(
+        params, 1e-4, ngrads=num_grads, damp=1e-6, moddev=device, optdev=device
+    )
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    def step(key: jax.Array) -> float:
+        gradient = jax.device_get(random_gradient(key, SHAPES))
+        for param, (name, _) in zip(params, SHAPES, strict=True):
+            param.grad = torch.tensor(gradient[name], device=device)
+        wait()
+        start = time.perf_counter()
+        optimizer.step()
+        wait()
+        return time.perf_counter() - start
+
+    return step
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reference", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--num_grads", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    args = parser.parse_args()
+    with published_code(args.reference) as module:
+        step = their_step(module, args.num_grads)
+        theirs = 1e3 * best_step(step, args.repeats)
+        has_kernels, torch = module.USE_CUDA, module.torch
+        del step
+        torch.cuda.empty_cache()
+    milliseconds = {"published code": theirs}
+    for name, window in WINDOWS.items():
+        step = our_step(window, args.num_grads)
+        milliseconds[name] = 1e3 * best_step(step, args.repeats)
+        del step
+    print(f"{args.num_grads} gradients; the authors' CUDA kernels: {has_kernels}\n")
+    print("| optimizer | ms | times faster |\n| --- | ---: | ---: |")
+    for name, ms in milliseconds.items():
+        print(f"| {name} | {ms:.1f} | {theirs / ms:.1f} |")
+    if args.output is not None:
+        content = {
+            **environment(),
+            "torch": torch.__version__,
+            "their_cuda_kernels": has_kernels,
+            "num_grads": args.num_grads,
+            "update_ms": milliseconds,
+        }
+        args.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

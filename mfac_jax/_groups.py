@@ -1,0 +1,127 @@
+"""Small leaves taken together, for a step of fewer and larger kernels.
+
+Most leaves of a network are vectors of a few hundred numbers. On a GPU a kernel for
+each takes longer to launch than to run, and every kernel has to be compiled. Their
+windows stay apart in the state; the two passes see them side by side.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mfac_jax._dense_window import DenseGradients
+from mfac_jax._storage import Encoded
+
+# Leaves of fewer numbers are small.
+_SMALL = 2**12
+
+
+class DenseGroup(NamedTuple):
+    """The dense windows of several leaves, for their gradients in one vector."""
+
+    windows: tuple[DenseGradients, ...]
+
+    def encode(self, gradient: jax.Array, dtype: Any) -> Encoded[DenseGradients]:
+        return self.windows[0].encode(gradient, dtype)
+
+    def products(self, vector: jax.Array, dtype: Any) -> jax.Array:
+        return self._side_by_side().products(vector, dtype)
+
+    def combine(self, coefficients: jax.Array, start: jax.Array) -> jax.Array:
+        return self._side_by_side().combine(coefficients, start)
+
+    def write(
+        self, index: jax.Array, row: DenseGradients, accepted: jax.Array
+    ) -> "DenseGroup":
+        rows = _split(row.values, [w.values.shape[1:] for w in self.windows])
+        return DenseGroup(
+            tuple(
+                w.write(index, DenseGradients(r), accepted)
+                for w, r in zip(self.windows, rows, strict=True)
+            )
+        )
+
+    def _side_by_side(self) -> DenseGradients:
+        values = [w.values.reshape(w.values.shape[0], -1) for w in self.windows]
+        return DenseGradients(jnp.concatenate(values, axis=1))
+
+
+class Groups(NamedTuple):
+    """Which leaves are taken together.
+
+    Attributes:
+      members: the numbers of the leaves of each group; most groups have one.
+    """
+
+    members: list[list[int]]
+
+    def pack_windows(self, windows: Sequence[Any]) -> list[Any]:
+        """Returns the window of each group."""
+        return [
+            windows[group[0]]
+            if len(group) == 1
+            else DenseGroup(tuple(windows[i] for i in group))
+            for group in self.members
+        ]
+
+    def unpack_windows(self, packed: Sequence[Any]) -> list[Any]:
+        """Undoes :meth:`pack_windows`."""
+        return self._in_order(
+            [w.windows if isinstance(w, DenseGroup) else [w] for w in packed]
+        )
+
+    def pack(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        """Returns the gradient of each group: of several leaves one vector."""
+        return [
+            leaves[group[0]]
+            if len(group) == 1
+            else jnp.concatenate([leaves[i].reshape(-1) for i in group])
+            for group in self.members
+        ]
+
+    def unpack(
+        self, packed: Sequence[jax.Array], like: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """Undoes :meth:`pack`, for leaves of the shapes of ``like``."""
+        return self._in_order(
+            [
+                [x] if len(group) == 1 else _split(x, [like[i].shape for i in group])
+                for group, x in zip(self.members, packed, strict=True)
+            ]
+        )
+
+    def _in_order(self, parts: Sequence[Sequence[Any]]) -> list[Any]:
+        pairs = [
+            pair
+            for group, part in zip(self.members, parts, strict=True)
+            for pair in zip(group, part, strict=True)
+        ]
+        return [part for _, part in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def group(windows: Sequence[Any]) -> Groups:
+    """Puts the small dense leaves of each dtype into a group."""
+    members: dict[Any, list[int]] = {}
+    for i, w in enumerate(windows):
+        members.setdefault(w.values.dtype if _is_small(w) else i, []).append(i)
+    return Groups(list(members.values()))
+
+
+def _is_small(window: Any) -> bool:
+    if not isinstance(window, DenseGradients):
+        return False
+    # Leaves that are sharded over explicit mesh axes cannot be put side by side.
+    spec = jax.typeof(window.values).sharding.spec
+    is_sharded = any(axis is not None for axis in spec)
+    return not is_sharded and math.prod(window.values.shape[1:]) < _SMALL
+
+
+def _split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    ends = [sum(map(math.prod, shapes[: i + 1])) for i in range(len(shapes) - 1)]
+    return [
+        part.reshape(shape)
+        for part, shape in zip(jnp.split(vector, ends), shapes, strict=True)
+    ]

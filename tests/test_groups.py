@@ -1,0 +1,94 @@
+"""Small leaves that a step takes together, against the same leaves one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import mfac_jax
+from mfac_jax import _groups
+
+# In an order that a group changes; of some dtypes there are several, of others one.
+SHAPES = {
+    "a_bias": ((7,), "float32"),
+    "b_kernel": ((64, 80), "float32"),
+    "c_scale": ((), "bfloat16"),
+    "d_bias": ((3, 5), "float32"),
+    "e_empty": ((0, 4), "float32"),
+    "f_bias": ((9,), "bfloat16"),
+    "g_half": ((11,), "float16"),
+}
+WINDOWS = {
+    "dense": None,
+    "bf16": mfac_jax.DenseWindow(jnp.bfloat16),
+    "of their own": lambda path, leaf: mfac_jax.DenseWindow(
+        jnp.float16 if path == "f_bias" else None
+    ),
+    "compact": mfac_jax.compact_windows({"b_kernel": 64, "a_bias": 7}),
+}
+
+
+def gradients(num_steps):
+    rng = np.random.default_rng(0)
+    return [
+        {
+            name: jnp.asarray(rng.normal(size=shape), dtype)
+            for name, (shape, dtype) in SHAPES.items()
+        }
+        for _ in range(num_steps)
+    ]
+
+
+def flat(tree):
+    leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)]
+    return np.concatenate(leaves)
+
+
+def run(window):
+    opt = mfac_jax.scale_by_mfac(4, 1e-3, window=window)
+    state, update = opt.init(gradients(1)[0]), jax.jit(opt.update)
+    updates = []
+    for gradient in gradients(6):
+        direction, state = update(gradient, state)
+        updates.append(direction)
+    return updates, state
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=list(WINDOWS))
+def test_a_group_is_its_leaves(window, monkeypatch):
+    updates, state = run(window)
+    monkeypatch.setattr(_groups, "_SMALL", 0)
+    expected, alone = run(window)
+    for name, (shape, dtype) in SHAPES.items():
+        assert updates[0][name].shape == shape
+        assert updates[0][name].dtype == dtype
+    for x, y in zip(updates, expected, strict=True):
+        # The last digit of bfloat16 may differ.
+        assert np.linalg.norm(flat(x) - flat(y)) <= 1e-4 * np.linalg.norm(flat(y))
+    jax.tree.map(np.testing.assert_array_equal, state.window, alone.window)
+    np.testing.assert_allclose(state.gram, alone.gram, rtol=1e-6, atol=1e-6)
+
+
+def test_directions_are_those_of_the_mathematics():
+    updates, _ = run(None)
+    rows = np.stack([flat(g) for g in gradients(6)])
+    for update, expected in zip(
+        updates, oracles.newest_directions(rows, 4, 1e-3), strict=True
+    ):
+        error = np.linalg.norm(flat(update) - expected)
+        assert error <= 1e-3 * np.linalg.norm(expected)  # bfloat16 leaves are rounded
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, (shape, _) in SHAPES.items() if 0 not in shape]
+)
+def test_one_bad_number_refuses_all(name):
+    good, bad = gradients(2)
+    bad[name] = bad[name].at[(0,) * bad[name].ndim].set(jnp.nan)
+    opt = mfac_jax.scale_by_mfac(4, 1e-3)
+    _, state = opt.update(good, opt.init(good))
+    update, after = opt.update(bad, state)
+    assert after.num_refused == 1
+    assert np.all(flat(update) == 0)
+    jax.tree.map(np.testing.assert_array_equal, after.window, state.window)
