@@ -34,7 +34,7 @@ windows=("dense, BERT-tiny, 1024" "int8, BERT-tiny" "row-sparse, BERT-tiny, 1024
 measure step_time --cases "${windows[@]}"
 measure memory --cases adamw "${windows[@]}"
 measure solve_time
-measure train_throughput --model_name_or_path "$model" --dataset_name "$data"
+measure train_throughput --turns 20 --model_name_or_path "$model" --dataset_name "$data"
 if [ -n "$reference" ]; then
   measure published_code --reference "$reference"
   printf '\n## crosscheck_pytorch\n\n'
