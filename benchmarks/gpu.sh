@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All that is to be measured on a GPU, in under ten minutes and without a network.
+# All that is to be measured on a GPU, in one command and without a network.
 #
 #     benchmarks/gpu.sh RESULTS MODEL DATA [REFERENCE]
 #
 # RESULTS is where the JSON goes, MODEL a checkpoint of BERT-tiny's shape, DATA a
 # directory with qqp/train-*.parquet, REFERENCE a clone of the authors' code, which
-# needs torch. What fails is named at the end, and the rest is measured all the same.
+# needs torch. A program that fails is named at the end; the others run all the same.
 set -uo pipefail
 if [ $# -lt 3 ]; then
   echo "usage: benchmarks/gpu.sh RESULTS MODEL DATA [REFERENCE]" >&2
@@ -14,10 +14,10 @@ fi
 results=$1 model=$2 data=$3 reference=${4:-}
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
-export PYTHONPATH="$here/../examples" HF_HUB_OFFLINE=1
+export PYTHONPATH="$here/..:$here/../examples" HF_HUB_OFFLINE=1
 # Each program takes what it needs, so that the peaks are its own.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
-mkdir -p "$results"
+mkdir -p "$results" || exit 1
 failed=()
 
 measure() {
@@ -28,7 +28,12 @@ measure() {
     failed+=("$name")
 }
 
-"$python" -c 'import jax; print(jax.devices()[0].device_kind, "jax", jax.__version__)'
+"$python" - <<'EOF' || exit 1
+import sys, jax
+if jax.default_backend() != "gpu":
+    sys.exit(f"error: jax {jax.__version__} sees no GPU; install jax[cuda13].")
+print(jax.devices()[0].device_kind, "jax", jax.__version__)
+EOF
 windows=("dense, BERT-tiny, 1024" "int8, BERT-tiny" "row-sparse, BERT-tiny, 1024"
   "row-sparse bfloat16, BERT-tiny, 1024" "top-k 1 %, BERT-tiny, 1024")
 measure step_time --cases "${windows[@]}"

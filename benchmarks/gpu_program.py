@@ -4,8 +4,9 @@
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/gpu_program.py
 
 Nothing is run and no GPU is needed, only the compiler in these packages, which must
-have the version of jaxlib. `reads` is how
-often the program reads a byte of the window, on average: a step needs two reads.
+have the version of jaxlib. `kernels`
+are those of an update but for the two branches of the solve. `reads` is how often the
+program reads a byte of the window, on average: a step needs two reads.
 `temporaries` beside the window show that it is written in place. Prints a table, and
 with `--output` writes it as JSON.
 """
@@ -54,6 +55,7 @@ class Instruction(NamedTuple):
     operation: str
     operands: list[str]
     rest: str
+    is_result: bool
 
 
 def computations(program: str) -> dict[str, list[Instruction]]:
@@ -61,16 +63,18 @@ def computations(program: str) -> dict[str, list[Instruction]]:
     found: dict[str, list[Instruction]] = {}
     instructions: list[Instruction] = []
     line_pattern = re.compile(
-        r" +(?:ROOT )?%([\w.-]+) = \(?(\w+)\[([\d,]*)\].*? ([a-z][\w-]*)\((.*?)\)(.*)"
+        r" +(ROOT )?%([\w.-]+) = \(?(\w+)\[([\d,]*)\].*? ([a-z][\w-]*)\((.*?)\)(.*)"
     )
     for line in program.splitlines():
         if start := re.match(r"(ENTRY )?%([\w.-]+) .*\{$", line):
             instructions = found["ENTRY" if start[1] else start[2]] = []
         elif match := line_pattern.match(line):
-            name, dtype, shape, operation, inputs, rest = match.groups()
+            root, name, dtype, shape, operation, inputs, rest = match.groups()
             operands = re.findall(r"[\w.-]+", re.sub(r"/\*.*?\*/", "", inputs))
             instructions.append(
-                Instruction(name, dtype, shape, operation, operands, rest)
+                Instruction(
+                    name, dtype, shape, operation, operands, rest, root is not None
+                )
             )
     return found
 
@@ -95,8 +99,10 @@ def num_reads(
             )
             # What a kernel needs twice it has in its registers.
             reads += min(1, num_reads(program, called, inside))
-        elif step.operation not in ("dynamic-slice", "dynamic-update-slice", "tuple"):
-            reads += 1  # These three see one row, or only pass the array on.
+        elif step.operation == "tuple" and step.is_result:
+            continue
+        elif step.operation not in ("dynamic-slice", "dynamic-update-slice"):
+            reads += 1  # These two see one row.
     return reads
 
 
@@ -129,7 +135,7 @@ def measure(case: Case, device: Any) -> dict[str, float]:
         "num_grads": case.num_grads,
         "window_mb": mfac_jax.window_nbytes(state) / 1e6,
         "kernels": sum(
-            step.operation in ("fusion", "copy", "custom-call")
+            step.operation in ("fusion", "copy", "custom-call", "sort")
             for step in program["ENTRY"]
         ),
         "reads": reads_of_window(program),

@@ -5,7 +5,7 @@
 `temporaries` are those of the compiled, donated update, by XLA's own account. `peak` is
 measured: how far the memory of a process that initialises the state and takes three
 updates rises above what it held before, on a CPU by the resident set, on a GPU by the
-allocator. Each row is measured in a process of its own, since a peak never falls.
+allocator, whose peak may be that of the compilation. Each row has a process of its own.
 Prints a table, and with `--output` writes it as JSON.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,22 @@ ROWS = ["adamw", *CASES]
 ROWS_BY_DEFAULT = [name for name in ROWS if name != LARGEST]
 
 
-def peak_bytes() -> int:
-    """Returns the most memory that this process has held so far."""
+def held_bytes() -> tuple[int, int]:
+    """Returns the memory that this process holds, and the most that it has held."""
     statistics = jax.devices()[0].memory_stats()
     if statistics is not None:
-        return statistics["peak_bytes_in_use"]
-    match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None, "a CPU's peak is read from Linux's /proc"
-    return 1024 * int(match[1])
+        return statistics["bytes_in_use"], statistics["peak_bytes_in_use"]
+    status = Path("/proc/self/status").read_text()
+    now, most = (
+        1024 * int(re.findall(rf"{name}:\s*(\d+) kB", status)[0])
+        for name in ("VmRSS", "VmHWM")
+    )
+    return now, most
+
+
+def forget_peak() -> None:
+    """Lets a CPU's peak begin anew, at what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -51,13 +60,14 @@ def measure(name: str) -> dict[str, Any]:
     analysis: Any = update.memory_analysis()
     shapes = tuple(case.shapes.items())
     updates = jax.block_until_ready(random_gradient(jax.random.key(0), shapes))
-    before = peak_bytes()
+    forget_peak()
+    before, _ = held_bytes()
     state = jax.block_until_ready(init(params))
     for i in range(3):
         gradient = random_gradient(jax.random.key(i), shapes)
         updates, state = jax.block_until_ready(update(gradient, state, params))
     del updates
-    peak = peak_bytes() - before
+    peak = held_bytes()[1] - before
     return {
         "num_grads": case.num_grads if name in CASES else None,
         "parameters_mb": sum(x.nbytes for x in params.values()) / 1e6,
@@ -81,8 +91,8 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: |")
     results, content = {}, {}
     for name in args.cases:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            results[name] = pool.apply(measure, (name,))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            results[name] = pool.submit(measure, name).result()
         content = results[name].pop("environment")
         columns = (
             f"{results[name][c]:,.0f} MB" for c in ("state_mb", "temporaries_mb")

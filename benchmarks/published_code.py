@@ -24,6 +24,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+from bert_finetune.errors import run_script
 from crosscheck_pytorch import published_code
 from step_time import BERT_TINY, TOUCHED, environment, random_gradient
 
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "nothing was left to save.")

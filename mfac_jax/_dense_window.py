@@ -16,7 +16,7 @@ from mfac_jax import _passes, _storage
 
 # Rows of at least this many numbers are summed in pieces on the CPU: there XLA's
 # matrix-vector product sums a row in sequence, and float32 loses digits with its
-# length (relative error 3e-6 for 32,768 numbers of one sign, 2e-4 for four million).
+# length (for one million numbers of one sign a relative error of 5e-6).
 _LONG_ROW = 2**12
 
 

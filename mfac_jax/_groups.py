@@ -1,8 +1,9 @@
-"""Small leaves taken together, for a step of fewer and larger kernels.
+"""Small dense leaves taken together, for a step of fewer and larger kernels.
 
 Most leaves of a network are vectors of a few hundred numbers. On a GPU a kernel for
 each takes longer to launch than to run, and every kernel has to be compiled. Their
-windows stay apart in the state; the two passes see them side by side.
+windows stay apart in the state; the two passes see a copy of them side by side. Leaves
+that are sharded over automatic mesh axes are gathered for it.
 """
 
 import math
@@ -17,6 +18,8 @@ from mfac_jax._storage import Encoded
 
 # Leaves of fewer numbers are small.
 _SMALL = 2**12
+# All of them may be this share of what the windows hold, else nothing is copied.
+_SHARE = 1 / 16
 
 
 class DenseGroup(NamedTuple):
@@ -102,12 +105,19 @@ class Groups(NamedTuple):
         return [part for _, part in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def group(windows: Sequence[Any]) -> Groups:
+def group_leaves(windows: Sequence[Any]) -> Groups:
     """Puts the small dense leaves of each dtype into a group."""
-    members: dict[Any, list[int]] = {}
+    small: dict[Any, list[int]] = {}
+    others: list[list[int]] = []
     for i, w in enumerate(windows):
-        members.setdefault(w.values.dtype if _is_small(w) else i, []).append(i)
-    return Groups(list(members.values()))
+        if _is_small(w):
+            small.setdefault(w.values.dtype, []).append(i)
+        else:
+            others.append([i])
+    copied = sum(windows[i].values.size for group in small.values() for i in group)
+    if copied > _SHARE * sum(leaf.size for leaf in jax.tree.leaves(windows)):
+        return Groups([[i] for i in range(len(windows))])
+    return Groups([*others, *small.values()])
 
 
 def _is_small(window: Any) -> bool:

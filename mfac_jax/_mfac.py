@@ -175,7 +175,7 @@ def scale_by_mfac(
         del params, extra_args
         dtype = state.gram.dtype
         leaves, leaf_windows, treedef = _match(updates, state.window)
-        groups = _groups.group(leaf_windows)
+        groups = _groups.group_leaves(leaf_windows)
         grads, windows = groups.pack(leaves), groups.pack_windows(leaf_windows)
         index = (state.count - state.num_refused) % num_grads
 

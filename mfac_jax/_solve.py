@@ -139,13 +139,14 @@ def solve_for_row(
 
     def update():
         new_inverse = _without(inverse, index) + _square(coefficients, index)
-        return Solution(coefficients, new_inverse, damp, jnp.zeros((), bool))
+        return Solution(coefficients, new_inverse, damp, ~follows)
 
     def factorise():
         attempts, used, solution, resolved = lax.while_loop(
             lambda state: ~state[3] & (state[0] <= _MAX_RAISES),
             attempt,
-            (jnp.zeros((), jnp.int32), damp, coefficients, jnp.zeros((), bool)),
+            # Under vmap both branches run: where it follows there is nothing to do.
+            (jnp.zeros((), jnp.int32), damp, coefficients, follows),
         )
         raised = attempts > 1
         # The inverse of a raised damping would not help the next step.

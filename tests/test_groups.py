@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mfac_jax
-from mfac_jax import _groups
+from mfac_jax import _groups, _windows
 
 # In an order that a group changes; of some dtypes there are several, of others one.
 SHAPES = {
@@ -55,11 +56,17 @@ def run(window):
     return updates, state
 
 
+def groups_of(state):
+    return _groups.group_leaves(_windows.flatten(state.window)[0]).members
+
+
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=list(WINDOWS))
 def test_a_group_is_its_leaves(window, monkeypatch):
     updates, state = run(window)
+    assert any(len(group) > 1 for group in groups_of(state))
     monkeypatch.setattr(_groups, "_SMALL", 0)
     expected, alone = run(window)
+    assert all(len(group) == 1 for group in groups_of(alone))
     for name, (shape, dtype) in SHAPES.items():
         assert updates[0][name].shape == shape
         assert updates[0][name].dtype == dtype
@@ -92,3 +99,49 @@ def test_one_bad_number_refuses_all(name):
     assert after.num_refused == 1
     assert np.all(flat(update) == 0)
     jax.tree.map(np.testing.assert_array_equal, after.window, state.window)
+
+
+def test_a_window_of_small_leaves_alone_is_not_copied():
+    params = [jax.ShapeDtypeStruct((3072,), jnp.float32)] * 24
+    opt = mfac_jax.scale_by_mfac(64)
+    state = jax.eval_shape(opt.init, params)
+    update = jax.jit(opt.update, donate_argnums=1).lower(params, state).compile()
+    limit = 0.1 * mfac_jax.window_nbytes(state)
+    assert update.memory_analysis().temp_size_in_bytes < limit
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_and_replicated_leaves(axis_type):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
+    specs = {"a": PartitionSpec("x"), "b": PartitionSpec(), "c": PartitionSpec()}
+    shapes = {"a": (8,), "b": (7,), "c": (5,), "kernel": (32, 40)}
+    rng = np.random.default_rng(0)
+    trees = [
+        {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+        for _ in range(6)
+    ]
+    opt = mfac_jax.scale_by_mfac(4, 1e-3)
+    update = jax.jit(opt.update)
+
+    def run(place):
+        state = jax.jit(opt.init)(place(trees[0]))
+        for tree in trees:
+            direction, state = update(place(tree), state)
+        return direction
+
+    def placed(tree):
+        return {
+            name: jax.device_put(
+                x, NamedSharding(mesh, specs.get(name, PartitionSpec()))
+            )
+            for name, x in tree.items()
+        }
+
+    expected = run(lambda tree: jax.tree.map(jnp.asarray, tree))
+    with jax.set_mesh(mesh):
+        direction = run(placed)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+        direction,
+        expected,
+    )

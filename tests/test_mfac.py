@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import mfac_jax
 
@@ -107,6 +108,17 @@ def test_scan_and_vmap_over_replicas():
         for t in range(5):
             update = jax.tree.map(lambda x, r=replica, t=t: x[r, t], updates)
             np.testing.assert_allclose(flat(update), flat(expected[t]), rtol=1e-4)
+
+
+def test_shard_map_with_a_schedule_of_the_damping():
+    opt = mfac_jax.scale_by_mfac(3, lambda count: 1e-3 / (1 + count))
+    gradients = list(gradients_like(PARAMS, 5))
+    expected, _ = run(opt, PARAMS, gradients)
+    mesh = jax.make_mesh((8,), ("replica",))
+    update = jax.jit(jax.shard_map(opt.update, mesh=mesh, in_specs=P(), out_specs=P()))
+    updates, _ = run(opt, PARAMS, gradients, update=update)
+    for update, other in zip(updates, expected, strict=True):
+        np.testing.assert_allclose(flat(update), flat(other), rtol=1e-4, atol=1e-7)
 
 
 def test_vmap_raises_the_damping_of_the_replica_that_needs_it():
