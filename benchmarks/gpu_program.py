@@ -4,11 +4,10 @@
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/gpu_program.py
 
 Nothing is run and no GPU is needed, only the compiler in these packages, which must
-have the version of jaxlib. `kernels`
-are those of an update but for the two branches of the solve. `reads` is how often the
-program reads a byte of the window, on average: a step needs two reads.
-`temporaries` beside the window show that it is written in place. Prints a table, and
-with `--output` writes it as JSON.
+have the version of jaxlib. `kernels` are those of an update but for the two branches of
+the solve. `reads` is how often the program reads a byte of the window, on average: a
+step needs two reads. `temporaries` beside the window show that it is written in place.
+Prints a table, and with `--output` writes it as JSON.
 """
 
 import argparse

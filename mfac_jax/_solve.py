@@ -139,6 +139,7 @@ def solve_for_row(
 
     def update():
         new_inverse = _without(inverse, index) + _square(coefficients, index)
+        # Not raised: False, but of the type that shard_map wants of both branches.
         return Solution(coefficients, new_inverse, damp, ~follows)
 
     def factorise():
