@@ -9,12 +9,13 @@ What follows `--` are flags of `run_glue.py`, or of `run_qa.py` with `--script r
 It runs once for every optimizer and seed, in OUTPUT_DIR/OPTIMIZER/seed-SEED. The same
 command after an interruption goes on where it stopped. The result is a table of means
 and standard deviations beside the published ones (`published_results.csv`), in
-seeds.md, seeds.json and seeds.png.
+seeds.md, seeds.json (with the lines of every run's metrics.jsonl) and seeds.png.
 """
 
 import argparse
 import csv
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import math
@@ -27,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import run_glue
 import run_qa
 from bert_finetune import errors, optimizers, reporting
@@ -44,7 +46,7 @@ PUBLISHED = Path(__file__).with_name("published_results.csv")
 PUBLISHED_OPTIMIZERS = {"MFAC": "M-FAC", "adamw": "Adam", "adam": "Adam"}
 # How names begin of what an evaluation says beside its metrics, and of SQuAD's details.
 NOT_METRICS = ("runtime", "samples", "steps_per", "total", "HasAns", "NoAns", "best")
-PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "transformers")
+PACKAGES = ("mfac_jax", "jax", "jaxlib", "optax", "flax", "numpy", "transformers")
 
 
 class Run(NamedTuple):
@@ -199,6 +201,8 @@ def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
             "seeds": seeds,
             "optimizers": optimizers,
             "command": command,
+            "date": datetime.date.today().isoformat(),
+            "device": jax.devices()[0].device_kind,
             "versions": {"python": platform.python_version(), **versions},
         },
     )
@@ -216,10 +220,10 @@ def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
         f"```bash\n{command}\n```",
     ]
     (root / "seeds.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
-    groups: dict[str, list[Any]] = {optim: [] for optim in optimizers}
-    for run in runs:
-        lines = reporting.read_json_lines(run.directory / "metrics.jsonl")
-        groups[run.optim].append(lines)
+    groups = {
+        optim: [run["lines"] for run in summary["runs"].values()]
+        for optim, summary in optimizers.items()
+    }
     reporting.plot_bands(root / "seeds.png", title, groups, metric_names(optimizers))
     print("\n".join(["", table, "", *notes]))
     print(f"The table and the curves are in {root}, as seeds.md, .json and .png.")
@@ -245,18 +249,21 @@ def published_results(model: str, task: str) -> dict[str, dict[str, dict[str, An
 def summarize(
     runs: Sequence[Run], published: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> dict[str, dict[str, Any]]:
-    """Returns by optimizer its metrics over the seeds, and those published."""
+    """Returns by optimizer its runs and metrics, and the published metrics."""
     optimizers: dict[str, dict[str, Any]] = {}
     for run in runs:
         summary = optimizers.setdefault(
             run.optim,
             {
-                "optim_args": run.args.optim_args,
+                "arguments": arguments_of(run),
+                "runs": {},
                 "metrics": {},
                 "published": published.get(PUBLISHED_OPTIMIZERS.get(run.optim, ""), {}),
             },
         )
         results = json.loads((run.directory / "all_results.json").read_text())
+        lines = reporting.read_json_lines(run.directory / "metrics.jsonl")
+        summary["runs"][str(run.seed)] = {**results, "lines": lines}
         # SQuAD's are in percent.
         whole = 100 if isinstance(run.args, QaArguments) else 1
         for key, value in results.items():
@@ -274,6 +281,12 @@ def summarize(
                 finite = math.isfinite(metric["mean"])
                 metric["std"] = statistics.stdev(values) if finite else math.nan
     return optimizers
+
+
+def arguments_of(run: Run) -> dict[str, Any]:
+    """Returns the arguments that a run has in common with those of other seeds."""
+    arguments = dataclasses.asdict(run.args)
+    return {k: v for k, v in arguments.items() if k not in ("seed", "output_dir")}
 
 
 def metric_names(optimizers: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -108,7 +108,10 @@ def test_means_and_deviations_are_numpys(fake, tmp_path, capsys):
             if name != "loss":
                 text = f"{100 * mean:.2f} ± {100 * std:.2f}"
             assert cells[optim][name] == text
-    assert {"python", "jax", "optax"} <= written["versions"].keys()
+    assert {"python", "mfac_jax", "jax", "optax"} <= written["versions"].keys()
+    run = written["optimizers"]["MFAC"]["runs"]["2"]
+    assert run["lines"][0]["eval_loss"] == run["eval_loss"] == 1 - accuracy("MFAC", 2)
+    assert run["train_loss"] == 0.5
     assert written["command"] in markdown
     assert written["command"].startswith("python examples/run_seeds.py --optims MFAC")
     ((title, groups, metrics),) = fake.plots
@@ -205,7 +208,9 @@ def test_the_arguments_of_each_run(fake, tmp_path):
     ]
     written = read_json(tmp_path / "seeds.json")
     assert written["seeds"] == [7, 8]
-    assert written["optimizers"]["MFAC"]["optim_args"] == '{"num_grads": 8}'
+    arguments = written["optimizers"]["MFAC"]["arguments"]
+    assert arguments["optim_args"] == '{"num_grads": 8}'
+    assert not arguments.keys() & {"seed", "output_dir"}
 
 
 def test_an_evaluation_strategy_of_the_user_stays(fake, tmp_path):

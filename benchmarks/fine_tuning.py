@@ -1,0 +1,78 @@
+r"""The table and the curves of fine-tuned models, from what `run_seeds.py` has written.
+
+    python examples/run_seeds.py ... -- ... --output_dir seeds_out
+    PYTHONPATH=examples python benchmarks/fine_tuning.py seeds_out/seeds.json
+
+A row is an optimizer with its settings, those that are not the same in all rows. Give
+the files of one task and one length of training; the curves are drawn into one picture.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import run_seeds
+from bert_finetune import reporting
+
+# Says nothing that accuracy and F1 do not say.
+NOT_SHOWN = "combined_score"
+
+
+def settings_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all that a run was told, the arguments of its optimizer among it."""
+    arguments = dict(summary["arguments"])
+    optim_args = json.loads(arguments.pop("optim_args") or "{}")
+    learning_rate = arguments.pop("learning_rate")
+    return {**arguments, "lr": learning_rate, **optim_args}
+
+
+def read_rows(paths: Sequence[Path]) -> list[Mapping[str, Any]]:
+    """Returns what the files say of each optimizer."""
+    return [
+        summary
+        for path in paths
+        for summary in json.loads(path.read_text())["optimizers"].values()
+    ]
+
+
+def main() -> None:
+    """Prints the table in Markdown; draws the curves."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="seeds.json")
+    parser.add_argument("--picture", type=Path, help="Where to draw the curves (PNG).")
+    parser.add_argument("--title", default="", help="Of the picture.")
+    args = parser.parse_args()
+    rows = read_rows(args.paths)
+    settings = [settings_of(row) for row in rows]
+    names = [
+        name
+        for name in dict.fromkeys(name for setting in settings for name in setting)
+        if any(setting.get(name) != settings[0].get(name) for setting in settings)
+    ]
+    metrics = [
+        m for m in run_seeds.metric_names(dict(enumerate(rows))) if m != NOT_SHOWN
+    ]
+    print("| " + " | ".join([*names, "seeds", *metrics, "training loss"]) + " |")
+    print("| --- |" + " ---: |" * (len(names) + len(metrics) + 1))
+    groups = {}
+    for row, setting in zip(rows, settings, strict=True):
+        runs = list(row["runs"].values())
+        values = [str(setting.get(name, "")) for name in names]
+        results = [run_seeds.format_result(m, row["metrics"][m]) for m in metrics]
+        loss = sum(run["train_loss"] for run in runs) / len(runs)
+        print(
+            "| " + " | ".join([*values, str(len(runs)), *results, f"{loss:.4f}"]) + " |"
+        )
+        groups[" ".join(value for value in values if value)] = [
+            r["lines"] for r in runs
+        ]
+    if args.picture is not None:
+        reporting.plot_bands(args.picture, args.title, groups, metrics)
+
+
+if __name__ == "__main__":
+    main()
