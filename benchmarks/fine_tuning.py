@@ -9,6 +9,7 @@ the files of one task and one length of training; the curves are drawn into one 
 
 import argparse
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ def settings_of(summary: Mapping[str, Any]) -> dict[str, Any]:
     optim_args = json.loads(arguments.pop("optim_args") or "{}")
     learning_rate = arguments.pop("learning_rate")
     return {**arguments, "lr": learning_rate, **optim_args}
+
+
+def format_setting(value: Any) -> str:
+    """Formats a value for a cell; what an optimizer does not have is empty."""
+    if value is None:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read_rows(paths: Sequence[Path]) -> list[Mapping[str, Any]]:
@@ -53,23 +61,25 @@ def main() -> None:
         for name in dict.fromkeys(name for setting in settings for name in setting)
         if any(setting.get(name) != settings[0].get(name) for setting in settings)
     ]
-    metrics = [
-        m for m in run_seeds.metric_names(dict(enumerate(rows))) if m != NOT_SHOWN
+    cells = [
+        [format_setting(setting.get(name)) for name in names] for setting in settings
     ]
+    by_setting = {
+        ", ".join(f"{n} {c}" for n, c in zip(names, values, strict=True) if c): row
+        for values, row in zip(cells, rows, strict=True)
+    }
+    metrics = [m for m in run_seeds.metric_names(by_setting) if m != NOT_SHOWN]
     print("| " + " | ".join([*names, "seeds", *metrics, "training loss"]) + " |")
     print("| --- |" + " ---: |" * (len(names) + len(metrics) + 1))
-    groups = {}
-    for row, setting in zip(rows, settings, strict=True):
-        runs = list(row["runs"].values())
-        values = [str(setting.get(name, "")) for name in names]
+    for values, row in zip(cells, rows, strict=True):
+        losses = [run["train_loss"] for run in row["runs"].values()]
         results = [run_seeds.format_result(m, row["metrics"][m]) for m in metrics]
-        loss = sum(run["train_loss"] for run in runs) / len(runs)
-        print(
-            "| " + " | ".join([*values, str(len(runs)), *results, f"{loss:.4f}"]) + " |"
-        )
-        groups[" ".join(value for value in values if value)] = [
-            r["lines"] for r in runs
-        ]
+        loss = f"{statistics.mean(losses):.4f}"
+        print("| " + " | ".join([*values, str(len(losses)), *results, loss]) + " |")
+    groups = {
+        name: [run["evaluations"] for run in row["runs"].values()]
+        for name, row in by_setting.items()
+    }
     if args.picture is not None:
         reporting.plot_bands(args.picture, args.title, groups, metrics)
 

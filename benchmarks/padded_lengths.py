@@ -46,12 +46,16 @@ class Steps:
       seconds: spent in steps.
       ready_seconds: likewise, in steps whose batches were on the device before.
       losses: of the steps.
+      optimizer_state_bytes: what the optimizer holds.
     """
 
     def __init__(self, run: trainer.Run, loss_fn: training.LossFn):
         optimizer = run.optimizer.transformation
         params = jax.tree.map(np.asarray, run.model.params)
         self._state = training.init_state(params, optimizer, seed=0)
+        self.optimizer_state_bytes = sum(
+            leaf.nbytes for leaf in jax.tree.leaves(self._state.opt_state)
+        )
         started = time.perf_counter()
         self._step = training.compile_for_lengths(
             training.make_train_step(loss_fn, optimizer),

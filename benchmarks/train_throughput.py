@@ -3,6 +3,7 @@ r"""Steps per second of the trainer with M-FAC, with AdamW and with plain SGD.
     PYTHONPATH=examples python benchmarks/train_throughput.py \
         --model_name_or_path prajjwal1/bert-tiny
 
+With `--optims 'MFAC={"num_grads": 256}' ...` instead of M-FAC with 1024 gradients.
 Takes steps of QQP (batch 32) by turns, in one process, from batches that are made on a
 thread as in training: padded to the smallest of a few lengths, and all to 128. A step
 of SGD is a forward and a backward pass and little else, so that what another optimizer
@@ -17,34 +18,33 @@ from pathlib import Path
 from padded_lengths import Steps, make_run
 from step_time import environment
 
-OPTIMIZERS = {
-    "M-FAC": ["--optim", "MFAC", "--optim_args", '{"num_grads": 1024, "damp": 1e-6}'],
-    "AdamW": ["--optim", "adamw"],
-    "SGD": ["--optim", "sgd"],
-}
+MFAC = 'MFAC={"num_grads": 1024, "damp": 1e-6}'
 PADDING = {"short": [], "128": ["--pad_to_max_length"]}
 STEPS_PER_TURN = 40
 
 
 def measure(
-    source: tuple[str, str], flags: list[str], turns: int
+    source: tuple[str, str], optims: list[str], flags: list[str], turns: int
 ) -> dict[str, dict[str, float]]:
-    """Returns steps per second of the loop, and of its steps alone, by optimizer."""
+    """Returns by optimizer its state's bytes, and steps per second of loop and step."""
     num_steps = turns * STEPS_PER_TURN
     steps = {}
-    for name, optimizer in OPTIMIZERS.items():
+    for entry in optims:
+        optim, given, optim_args = entry.partition("=")
+        optimizer = ["--optim", optim, *(["--optim_args", optim_args] if given else [])]
         run = make_run(*source, ["--max_steps", str(2 * num_steps), *optimizer, *flags])
-        steps[name] = Steps(run, run.loss_fn)
+        steps[entry] = Steps(run, run.loss_fn)
     for _ in range(turns):
         for taking in steps.values():
             taking.take(STEPS_PER_TURN)
             taking.take_ready(STEPS_PER_TURN)
     return {
-        name: {
+        entry: {
+            "optimizer_state_bytes": taking.optimizer_state_bytes,
             "steps_per_second": num_steps / taking.seconds,
             "steps_per_second_alone": num_steps / taking.ready_seconds,
         }
-        for name, taking in steps.items()
+        for entry, taking in steps.items()
     }
 
 
@@ -55,22 +55,28 @@ def main() -> None:
     )
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--dataset_name", default="nyu-mll/glue")
+    parser.add_argument("--optims", nargs="+", default=[MFAC], metavar="NAME[=JSON]")
+    parser.add_argument("--padding", nargs="+", choices=PADDING, default=list(PADDING))
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
     source = args.model_name_or_path, args.dataset_name
     titles = (
-        "padded to, optimizer, steps/s, of AdamW's, optimizer's share, host's share"
+        "padded to, optimizer, MB, steps/s, of AdamW's, optimizer's share, host's share"
     )
-    print("| " + titles.replace(",", " |") + " |\n| --- | --- |" + " ---: |" * 4)
+    print("| " + titles.replace(",", " |") + " |\n| --- | --- |" + " ---: |" * 5)
     results = {}
-    for padding, flags in PADDING.items():
-        found = results[padding] = measure(source, flags, args.turns)
+    for padding in args.padding:
+        optims = [*args.optims, "adamw", "sgd"]
+        found = measure(source, optims, PADDING[padding], args.turns)
+        results[padding] = found
         rates = {name: rate["steps_per_second"] for name, rate in found.items()}
         for name, rate in rates.items():
             print(
-                f"| {padding} | {name} | {rate:.2f} | {rate / rates['AdamW']:.0%} | "
-                f"{1 - rate / rates['SGD']:.0%} | "
+                f"| {padding} | {name} | "
+                f"{found[name]['optimizer_state_bytes'] / 1e6:,.0f} | "
+                f"{rate:.2f} | {rate / rates['adamw']:.0%} | "
+                f"{1 - rate / rates['sgd']:.0%} | "
                 f"{1 - rate / found[name]['steps_per_second_alone']:.0%} |",
                 flush=True,
             )
