@@ -77,7 +77,7 @@ def main() -> None:
         loss = f"{statistics.mean(losses):.4f}"
         print("| " + " | ".join([*values, str(len(losses)), *results, loss]) + " |")
     groups = {
-        name: [run["evaluations"] for run in row["runs"].values()]
+        name: [run["lines"] for run in row["runs"].values()]
         for name, row in by_setting.items()
     }
     if args.picture is not None:

@@ -9,7 +9,7 @@ What follows `--` are flags of `run_glue.py`, or of `run_qa.py` with `--script r
 It runs once for every optimizer and seed, in OUTPUT_DIR/OPTIMIZER/seed-SEED. The same
 command after an interruption goes on where it stopped. The result is a table of means
 and standard deviations beside the published ones (`published_results.csv`), in
-seeds.md, seeds.json (with the evaluations of every run) and seeds.png.
+seeds.md, seeds.json (with the lines of every run's metrics.jsonl) and seeds.png.
 """
 
 import argparse
@@ -221,7 +221,7 @@ def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
     ]
     (root / "seeds.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
     groups = {
-        optim: [run["evaluations"] for run in summary["runs"].values()]
+        optim: [run["lines"] for run in summary["runs"].values()]
         for optim, summary in optimizers.items()
     }
     reporting.plot_bands(root / "seeds.png", title, groups, metric_names(optimizers))
@@ -263,8 +263,7 @@ def summarize(
         )
         results = json.loads((run.directory / "all_results.json").read_text())
         lines = reporting.read_json_lines(run.directory / "metrics.jsonl")
-        evaluations = [x for x in lines if any(k.startswith("eval_") for k in x)]
-        summary["runs"][str(run.seed)] = {**results, "evaluations": evaluations}
+        summary["runs"][str(run.seed)] = {**results, "lines": lines}
         # SQuAD's are in percent.
         whole = 100 if isinstance(run.args, QaArguments) else 1
         for key, value in results.items():

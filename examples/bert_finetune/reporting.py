@@ -156,6 +156,8 @@ def plot_bands(
 ) -> None:
     """Draws the mean over seeds ± one standard deviation of what evaluations found.
 
+    Means of the same names in training are dashed, without a band.
+
     Args:
       path: of the PNG.
       title: of the figure.
@@ -166,20 +168,31 @@ def plot_bands(
     with _panels(path, title, metrics) as panels:
         for name, axes in panels.items():
             for color, (group, runs) in enumerate(groups.items()):
-                seeds = [p for p in (_points(r, f"eval_{name}") for r in runs) if p]
-                steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+                style = {"color": f"C{color}"}
+                steps, values = _shared_points(runs, name)
+                if steps:
+                    axes.plot(steps, values.mean(axis=0), "--", lw=0.8, **style)
+                steps, values = _shared_points(runs, f"eval_{name}")
                 if not steps:
                     continue
-                values = np.array([[seed[s] for s in steps] for seed in seeds], float)
                 means = values.mean(axis=0)
-                label, style = f"{group}: {means[-1]:.3f}", {"color": f"C{color}"}
-                if len(seeds) > 1:
+                label = f"{group}: {means[-1]:.3f}"
+                if len(values) > 1:
                     with np.errstate(invalid="ignore"):  # A seed may have diverged.
                         deviations = values.std(axis=0, ddof=1)
-                    label += f" ± {deviations[-1]:.3f}, {len(seeds)} seeds"
+                    label += f" ± {deviations[-1]:.3f}, {len(values)} seeds"
                     band = (means - deviations, means + deviations)
                     axes.fill_between(steps, *band, alpha=0.2, lw=0, **style)
                 axes.plot(steps, means, "o-", ms=4, label=label, **style)
+
+
+def _shared_points(
+    runs: Sequence[Sequence[Mapping[str, float]]], name: str
+) -> tuple[list[float], np.ndarray]:
+    """Returns the steps that the runs with this name share, and its values by run."""
+    points = [p for p in (_points(run, name) for run in runs) if p]
+    steps = sorted(set.intersection(*map(set, points))) if points else []
+    return steps, np.array([[p[step] for step in steps] for p in points], float)
 
 
 def _points(lines: Sequence[Mapping[str, float]], name: str) -> dict[float, float]:

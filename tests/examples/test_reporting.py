@@ -234,6 +234,15 @@ def test_bands_are_over_the_seeds(tmp_path, drawn, seeds, label, means, band):
         assert (heights.min(), heights.max()) == pytest.approx(band)
 
 
+def test_means_in_training_are_dashed(tmp_path, drawn):
+    first = [{"step": 1, "loss": 1.0}, {"step": 2, "eval_loss": 4.0}]
+    groups = {"MFAC": [first, [{"step": 1, "loss": 2.0}]]}
+    reporting.plot_bands(tmp_path / "bands.png", "seeds", groups, ["loss"])
+    dashed, validation = drawn[0].axes[0].lines
+    assert (dashed.get_linestyle(), dashed.get_xydata().tolist()) == ("--", [[1, 1.5]])
+    assert validation.get_xydata().tolist() == [[2, 4]]
+
+
 def test_bands_of_a_diverged_seed_are_drawn(tmp_path):
     runs = [evaluations({1: value}) for value in (math.inf, math.nan, 1.0)]
     reporting.plot_bands(tmp_path / "bands.png", "seeds", {"lion": runs}, ["f1"])

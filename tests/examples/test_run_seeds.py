@@ -110,8 +110,7 @@ def test_means_and_deviations_are_numpys(fake, tmp_path, capsys):
             assert cells[optim][name] == text
     assert {"python", "mfac_jax", "jax", "optax"} <= written["versions"].keys()
     run = written["optimizers"]["MFAC"]["runs"]["2"]
-    (evaluation,) = run["evaluations"]
-    assert evaluation["eval_loss"] == run["eval_loss"] == 1 - accuracy("MFAC", 2)
+    assert run["lines"][0]["eval_loss"] == run["eval_loss"] == 1 - accuracy("MFAC", 2)
     assert run["train_loss"] == 0.5
     assert written["command"] in markdown
     assert written["command"].startswith("python examples/run_seeds.py --optims MFAC")
