@@ -65,7 +65,7 @@ def main() -> None:
         [format_setting(setting.get(name)) for name in names] for setting in settings
     ]
     by_setting = {
-        ", ".join(f"{n} {c}" for n, c in zip(names, values, strict=True) if c): row
+        " ".join(filter(None, values)): row
         for values, row in zip(cells, rows, strict=True)
     }
     metrics = [m for m in run_seeds.metric_names(by_setting) if m != NOT_SHOWN]

@@ -216,5 +216,5 @@ def _panels(path: Path, title: str, names: Sequence[str]) -> Iterator[dict[str, 
         axes.set(xlabel="step", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+            axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
