@@ -46,16 +46,6 @@ def flat(tree):
     return np.concatenate(leaves)
 
 
-def assert_close(update, other, tolerance):
-    """Compares as vectors the updates of two programs.
-
-    Where the terms of an element cancel, XLA's choice of fused multiply-adds alone
-    changes its fifth digit.
-    """
-    error = np.linalg.norm(flat(update) - flat(other))
-    assert error <= tolerance * np.linalg.norm(flat(other))
-
-
 @pytest.mark.parametrize("num_grads", [1, 4, 6])
 def test_every_step_is_the_dense_inverse_times_the_gradient(num_grads):
     gradients = list(gradients_like(PARAMS, 2 * num_grads + 3))
@@ -95,7 +85,12 @@ class TestTransformsOfJax(chex.TestCase):
         expected, _ = run(opt, PARAMS, gradients)
         updates, _ = run(opt, PARAMS, gradients, update=self.variant(opt.update))
         for update, other in zip(updates, expected, strict=True):
-            assert_close(update, other, 1e-5)
+            # Where the terms of an element cancel, XLA's choice of fused multiply-adds
+            # alone changes it by the rounding of larger ones.
+            rounding = 4 * jnp.finfo(jnp.float32).eps * np.max(np.abs(flat(other)))
+            np.testing.assert_allclose(
+                flat(update), flat(other), rtol=1e-5, atol=rounding
+            )
 
 
 def test_scan_and_vmap_over_replicas():
@@ -117,7 +112,7 @@ def test_scan_and_vmap_over_replicas():
         expected, _ = run(opt, PARAMS, gradients[replica])
         for t in range(5):
             update = jax.tree.map(lambda x, r=replica, t=t: x[r, t], updates)
-            assert_close(update, expected[t], 1e-4)
+            np.testing.assert_allclose(flat(update), flat(expected[t]), rtol=1e-4)
 
 
 def test_shard_map_with_a_schedule_of_the_damping():
@@ -128,7 +123,7 @@ def test_shard_map_with_a_schedule_of_the_damping():
     update = jax.jit(jax.shard_map(opt.update, mesh=mesh, in_specs=P(), out_specs=P()))
     updates, _ = run(opt, PARAMS, gradients, update=update)
     for update, other in zip(updates, expected, strict=True):
-        assert_close(update, other, 1e-4)
+        np.testing.assert_allclose(flat(update), flat(other), rtol=1e-4, atol=1e-7)
 
 
 def test_vmap_raises_the_damping_of_the_replica_that_needs_it():
@@ -209,8 +204,8 @@ def test_schedules_injected_values_and_tracers_agree(name):
         step, state = update(gradient, state, SCHEDULES[name](t))
         traced.append(step)
     for t in range(5):
-        assert_close(injected[t], direct[t], 2e-5)
-        assert_close(traced[t], direct[t], 2e-5)
+        np.testing.assert_allclose(flat(injected[t]), flat(direct[t]), rtol=2e-5)
+        np.testing.assert_allclose(flat(traced[t]), flat(direct[t]), rtol=2e-5)
     constant, _ = run(mfac_jax.mfac(num_grads=3, **hyperparams), PARAMS, gradients)
     assert not np.allclose(flat(constant[-1]), flat(direct[-1]), rtol=1e-2)
 
@@ -235,7 +230,7 @@ def test_weight_decay_enters_the_window_where_the_mask_says():
     )
     updates, state = run(opt, params, gradients)
     for update, other in zip(updates, expected, strict=True):
-        assert_close(update, other, 1e-5)
+        np.testing.assert_allclose(flat(update), flat(other), rtol=1e-5)
     window = optax.tree.get(state, "ScaleByMFACState").window
     np.testing.assert_allclose(window["kernel"][1], decayed[1]["kernel"])
 
@@ -267,7 +262,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(bad, step):
     shifted = mfac_jax.scale_by_mfac(3, lambda t: 1e-3 * (2 + t))
     _, expected_state = run(opt, PARAMS, gradients[:step])
     expected, _ = jax.jit(shifted.update)(gradients[step], expected_state)
-    assert_close(update, expected, 1e-6)
+    np.testing.assert_allclose(flat(update), flat(expected), rtol=1e-6)
     assert after.num_refused == 1
 
 
