@@ -22,6 +22,8 @@ from bert_finetune.errors import UserError
 # Beside the optimizer's state: parameters, gradient, update and activations of a batch,
 # in units of the parameters.
 _WORKING_COPIES = 4
+# From the peak of a learning rate to its schedule.
+_Schedules = Callable[[float], optax.Schedule]
 # What Optax's optimizers call the tree of the weights that decay, and the decay.
 _MASKS = ("mask", "weight_decay_mask")
 _DECAYS = ("weight_decay", "weight_decay_rate")
@@ -44,9 +46,7 @@ class Optimizer(NamedTuple):
 
 
 def _mfac(
-    schedule: optax.Schedule,
-    hyperparams: Mapping[str, Any],
-    max_rows: Mapping[str, int],
+    schedule: _Schedules, hyperparams: Mapping[str, Any], max_rows: Mapping[str, int]
 ):
     windows = {
         "dense": mfac_jax.DenseWindow(),
@@ -65,15 +65,35 @@ def _mfac(
             f"embedding tables dense, for which window {name!r} has no room: choose "
             "dense, bf16, int8 or topk."
         )
-    return mfac_jax.mfac(
-        schedule, **{**hyperparams, "window": windows[name]}, mask=decay_mask
+    names = ("num_grads", "damp", "momentum", "weight_decay")
+    optimizer = mfac_jax.mfac(
+        schedule(hyperparams["lr"]),
+        **{name: hyperparams[name] for name in names},
+        window=windows[name],
+        mask=decay_mask,
+    )
+    word_lr = hyperparams["word_lr"]
+    if word_lr is None:
+        return optimizer
+    if not _is_number(word_lr) or not 0 <= word_lr < math.inf:
+        raise ValueError(
+            f"word_lr must be null or a finite number of at least 0, got {word_lr!r}."
+        )
+    words = {**_ADAMW, "lr": word_lr, "weight_decay": hyperparams["weight_decay"]}
+    return optax.partition(
+        {True: _adamw(schedule, words, max_rows), False: optimizer}, _is_word_table
+    )
+
+
+def _is_word_table(params: Any) -> Any:
+    """Marks the word table, of which M-FAC hardly moves the rows of rare words."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(p.key == "word_embeddings" for p in path), params
     )
 
 
 def _adamw(
-    schedule: optax.Schedule,
-    hyperparams: Mapping[str, Any],
-    max_rows: Mapping[str, int],
+    schedule: _Schedules, hyperparams: Mapping[str, Any], max_rows: Mapping[str, int]
 ):
     del max_rows
     for name in ("b1", "b2"):
@@ -88,7 +108,7 @@ def _adamw(
     return optax.chain(
         _scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, decay_mask),
-        optax.scale_by_learning_rate(schedule),
+        optax.scale_by_learning_rate(schedule(hyperparams["lr"])),
     )
 
 
@@ -120,13 +140,18 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
     return optax.GradientTransformation(optax.scale_by_adam().init, update_fn)
 
 
-# name -> factory and defaults; `lr` and `weight_decay` default to their flags.
+# Defaults; `lr` and `weight_decay` default to their flags.
+_MFAC = {
+    "num_grads": 1024,
+    "damp": 1e-6,
+    "momentum": 0.0,
+    "window": "row_sparse",
+    "word_lr": None,
+}
+_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 _OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "MFAC": (
-        _mfac,
-        {"num_grads": 1024, "damp": 1e-6, "momentum": 0.0, "window": "row_sparse"},
-    ),
-    "adamw": (_adamw, {"b1": 0.9, "b2": 0.999, "eps": 1e-8}),
+    "MFAC": (_mfac, _MFAC),
+    "adamw": (_adamw, _ADAMW),
 }
 
 
@@ -144,7 +169,7 @@ def optax_aliases() -> dict[str, Callable[..., Any]]:
 
 def _optax(
     alias: Callable[..., Any],
-    schedule: optax.Schedule,
+    schedule: _Schedules,
     hyperparams: Mapping[str, Any],
     max_rows: Mapping[str, int],
 ):
@@ -152,7 +177,7 @@ def _optax(
     parameters = inspect.signature(alias).parameters
     masks = {name: decay_mask for name in _MASKS if name in parameters}
     values = {name: _as_tuples(value) for name, value in hyperparams.items()}
-    return alias(learning_rate=schedule, **values, **masks)
+    return alias(learning_rate=schedule(values.pop("lr")), **values, **masks)
 
 
 def _as_tuples(value: Any) -> Any:
@@ -246,11 +271,12 @@ def make_optimizer(
     if lr is None or not 0 <= lr < math.inf:
         raise UserError(f"the learning rate must be finite and at least 0, got {lr}.")
     num_warmup = args.warmup_steps or math.ceil(num_steps * args.warmup_ratio)
-    schedule = make_schedule(args.lr_scheduler_type, lr, num_steps, num_warmup)
+
+    def schedule(peak):
+        return make_schedule(args.lr_scheduler_type, peak, num_steps, num_warmup)
+
     try:
-        optimizer = factory(
-            schedule, {k: v for k, v in hyperparams.items() if k != "lr"}, max_rows
-        )
+        optimizer = factory(schedule, hyperparams, max_rows)
     except (TypeError, ValueError) as error:
         if args.optim not in _OPTIMIZERS:
             raise _cannot_train(args.optim, error) from None
@@ -260,7 +286,8 @@ def make_optimizer(
         if args.max_grad_norm
         else optax.identity()
     )
-    return Optimizer(args.optim, hyperparams, schedule, optax.chain(clip, optimizer))
+    transformation = optax.chain(clip, optimizer)
+    return Optimizer(args.optim, hyperparams, schedule(lr), transformation)
 
 
 def _parse_optim_args(args: Arguments, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,11 +318,12 @@ def _parse_optim_args(args: Arguments, known: Mapping[str, Any]) -> dict[str, An
     return given
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _expected(default: Any) -> tuple[str, Callable[[Any], bool]]:
     """Describes and recognises the values that can stand in for a default."""
-
-    def is_number(value):
-        return isinstance(value, int | float) and not isinstance(value, bool)
 
     def is_plain(value):
         if isinstance(value, list):
@@ -304,8 +332,8 @@ def _expected(default: Any) -> tuple[str, Callable[[Any], bool]]:
 
     if isinstance(default, bool):
         return "true or false", lambda value: isinstance(value, bool)
-    if is_number(default):
-        return "a number", is_number
+    if _is_number(default):
+        return "a number", _is_number
     # Names, such as a window's, are checked where the names are.
     return "a number, true, false, null, a string or a list of those", is_plain
 

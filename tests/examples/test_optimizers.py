@@ -1,5 +1,6 @@
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +40,7 @@ def test_hyperparameters_come_from_optim_args_flags_and_defaults():
         "damp": 1e-6,
         "momentum": 0.0,
         "window": "int8",
+        "word_lr": None,
         "weight_decay": 0.1,
     }
     # "lr" overrides --learning_rate, and the decay scales whichever holds.
@@ -209,6 +211,9 @@ def test_decay_spares_biases_and_norms(optim):
             "weight_decay 0.01 .* tables dense.*'row_sparse'.* choose dense, bf16",
         ),
         ("MFAC", '{"window": 8}', "window must be one of dense, bf16, int8, .* got 8"),
+        ("MFAC", '{"word_lr": -1}', "word_lr must be null or a finite .* got -1"),
+        ("MFAC", '{"word_lr": "1e-4"}', "word_lr must be null or .* got '1e-4'"),
+        ("MFAC", '{"word_lr": Infinity}', "word_lr must be null or .* got inf"),
         ("adamw", '{"window": "dense"}', "unknown key 'window'"),
         ("MFAC", '{"momentum": 1}', r"momentum must be in \[0, 1\), got 1"),
         ("MFAC", '{"weight_decay": -1}', "weight_decay .* got -1"),
@@ -415,6 +420,36 @@ def test_every_leaf_is_compact(window):
         "int8": {"int8", "float32"},
         "topk": {"uint8", "float32"},
     }[window]
+
+
+def test_word_lr_leaves_the_word_table_to_adamw():
+    """The others' window does not see it; both schedules have one shape."""
+    mfac = {"lr": 1e-2, "num_grads": 2, "window": "dense", "weight_decay": 0.1}
+    flags = ("--warmup_steps", "2", "--max_grad_norm", "0")
+    optim_args = json.dumps({**mfac, "word_lr": 0.3})
+    optimizer = make_optimizer(args_of("MFAC", optim_args, *flags)).transformation
+    adamw = '{"lr": 0.3, "weight_decay": 0.1}'
+    of_words = make_optimizer(args_of("adamw", adamw, *flags)).transformation
+    of_others = make_optimizer(args_of("MFAC", json.dumps(mfac), *flags)).transformation
+
+    def split(tree):
+        tables = dict(tree["embeddings"])
+        words = tables.pop("word_embeddings")
+        return words, {**tree, "embeddings": tables}
+
+    words, others = split(EMBEDDINGS)
+    state = optimizer.init(EMBEDDINGS)
+    words_state, others_state = of_words.init(words), of_others.init(others)
+    for step in range(4):
+        grads = optax.tree.random_like(jax.random.key(step), EMBEDDINGS)
+        updates, state = optimizer.update(grads, state, EMBEDDINGS)
+        grads_of_words, grads_of_others = split(grads)
+        expected = of_words.update(grads_of_words, words_state, words)
+        expected_others = of_others.update(grads_of_others, others_state, others)
+        words_state, others_state = expected[1], expected_others[1]
+        chex.assert_trees_all_close(
+            split(updates), (expected[0], expected_others[0]), rtol=1e-6
+        )
 
 
 def test_adamw_without_first_moment_is_rmsprop():
