@@ -72,6 +72,15 @@ def _mfac(
         window=windows[name],
         mask=decay_mask,
     )
+    return _words_apart(optimizer, schedule, hyperparams)
+
+
+def _words_apart(
+    optimizer: optax.GradientTransformation,
+    schedule: _Schedules,
+    hyperparams: Mapping[str, Any],
+) -> optax.GradientTransformation:
+    """Leaves the word table to AdamW if it has a learning rate of its own."""
     word_lr = hyperparams["word_lr"]
     if word_lr is None:
         return optimizer
@@ -79,9 +88,9 @@ def _mfac(
         raise ValueError(
             f"word_lr must be null or a finite number of at least 0, got {word_lr!r}."
         )
-    words = {**_ADAMW, "lr": word_lr, "weight_decay": hyperparams["weight_decay"]}
+    words = {**_ADAMW, **hyperparams, "lr": word_lr, "word_lr": None}
     return optax.partition(
-        {True: _adamw(schedule, words, max_rows), False: optimizer}, _is_word_table
+        {True: _adamw(schedule, words, {}), False: optimizer}, _is_word_table
     )
 
 
@@ -105,11 +114,12 @@ def _adamw(
     b1, b2, eps, weight_decay = (
         float(hyperparams[name]) for name in ("b1", "b2", "eps", "weight_decay")
     )
-    return optax.chain(
+    optimizer = optax.chain(
         _scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule(hyperparams["lr"])),
     )
+    return _words_apart(optimizer, schedule, hyperparams)
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -148,7 +158,7 @@ _MFAC = {
     "window": "row_sparse",
     "word_lr": None,
 }
-_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+_ADAMW = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "word_lr": None}
 _OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "MFAC": (_mfac, _MFAC),
     "adamw": (_adamw, _ADAMW),

@@ -53,6 +53,7 @@ def test_hyperparameters_come_from_optim_args_flags_and_defaults():
         "b1": 0.9,
         "b2": 0.999,
         "eps": 1e-8,
+        "word_lr": None,
         "weight_decay": 0.0,
     }
 
@@ -214,6 +215,7 @@ def test_decay_spares_biases_and_norms(optim):
         ("MFAC", '{"word_lr": -1}', "word_lr must be null or a finite .* got -1"),
         ("MFAC", '{"word_lr": "1e-4"}', "word_lr must be null or .* got '1e-4'"),
         ("MFAC", '{"word_lr": Infinity}', "word_lr must be null or .* got inf"),
+        ("adamw", '{"word_lr": true}', "word_lr must be null or .* got True"),
         ("adamw", '{"window": "dense"}', "unknown key 'window'"),
         ("MFAC", '{"momentum": 1}', r"momentum must be in \[0, 1\), got 1"),
         ("MFAC", '{"weight_decay": -1}', "weight_decay .* got -1"),
@@ -422,15 +424,24 @@ def test_every_leaf_is_compact(window):
     }[window]
 
 
-def test_word_lr_leaves_the_word_table_to_adamw():
-    """The others' window does not see it; both schedules have one shape."""
-    mfac = {"lr": 1e-2, "num_grads": 2, "window": "dense", "weight_decay": 0.1}
-    flags = ("--warmup_steps", "2", "--max_grad_norm", "0")
-    optim_args = json.dumps({**mfac, "word_lr": 0.3})
-    optimizer = make_optimizer(args_of("MFAC", optim_args, *flags)).transformation
-    adamw = '{"lr": 0.3, "weight_decay": 0.1}'
-    of_words = make_optimizer(args_of("adamw", adamw, *flags)).transformation
-    of_others = make_optimizer(args_of("MFAC", json.dumps(mfac), *flags)).transformation
+@pytest.mark.parametrize(
+    ("optim", "hyperparams", "of_words"),
+    [
+        ("MFAC", {"lr": 1e-2, "num_grads": 2, "window": "dense"}, {}),
+        ("adamw", {"lr": 1e-2, "b1": 0.8}, {"b1": 0.8}),
+    ],
+)
+def test_word_lr_leaves_the_word_table_to_adamw(optim, hyperparams, of_words):
+    """M-FAC's window does not see it; both schedules have one shape."""
+    flags = ("--warmup_steps", "2", "--max_grad_norm", "0", "--weight_decay", "0.1")
+
+    def transformation(optim, hyperparams):
+        args = args_of(optim, json.dumps(hyperparams), *flags)
+        return make_optimizer(args).transformation
+
+    optimizer = transformation(optim, {**hyperparams, "word_lr": 0.3})
+    of_words = transformation("adamw", {"lr": 0.3, **of_words})
+    of_others = transformation(optim, hyperparams)
 
     def split(tree):
         tables = dict(tree["embeddings"])
