@@ -73,6 +73,7 @@ def main() -> None:
         "--num_grads", type=int, default=64, help="A multiple of 32, at most 1024."
     )
     parser.add_argument("--damp", type=float, default=1e-6)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--num_train_epochs", type=int, default=5)
     parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
@@ -83,6 +84,7 @@ def main() -> None:
         [
             *("--task_name", "mrpc", "--num_train_epochs", str(args.num_train_epochs)),
             *("--optim", "MFAC", "--optim_args", json.dumps(optim_args)),
+            *("--learning_rate", str(args.learning_rate)),
         ],
     )
     moved = jax.tree.map(
@@ -111,6 +113,7 @@ def main() -> None:
             **environment(),
             "torch": module.torch.__version__,
             **optim_args,
+            "learning_rate": args.learning_rate,
             "losses": {name: values.tolist() for name, values in losses.items()},
         }
         args.output.write_text(json.dumps(content, indent=2) + "\n")
