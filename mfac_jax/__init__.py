@@ -1,17 +1,23 @@
 """M-FAC, a matrix-free second-order optimizer, for Optax."""
 
-from mfac_jax._dense_window import DenseWindow
-from mfac_jax._int8_window import Int8Window
-from mfac_jax._mfac import (
+from mfac_jax import windows
+from mfac_jax._inverse_product import inverse_fisher_vector_product
+from mfac_jax._mfac import mfac, scale_by_mfac
+from mfac_jax._state import (
     ScaleByMFACState,
-    inverse_fisher_vector_product,
-    mfac,
-    scale_by_mfac,
+    diagnostics,
+    drop_windows,
+    refill_windows,
     window_nbytes,
+    window_table,
 )
-from mfac_jax._row_sparse_window import RowSparseWindow
-from mfac_jax._top_k_window import TopKWindow
-from mfac_jax._windows import compact_windows
+from mfac_jax.windows import (
+    DenseWindow,
+    Int8Window,
+    RowSparseWindow,
+    TopKWindow,
+    compact_windows,
+)
 
 __all__ = [
     "DenseWindow",
@@ -20,8 +26,13 @@ __all__ = [
     "ScaleByMFACState",
     "TopKWindow",
     "compact_windows",
+    "diagnostics",
+    "drop_windows",
     "inverse_fisher_vector_product",
     "mfac",
+    "refill_windows",
     "scale_by_mfac",
     "window_nbytes",
+    "window_table",
+    "windows",
 ]

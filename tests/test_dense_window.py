@@ -7,11 +7,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mfac_jax
-from mfac_jax import _dense_window
+from mfac_jax import windows
 
 
 def row_products(window, vector):
-    return _dense_window.DenseGradients(window).products(vector, jnp.float32)
+    return windows.DenseGradients(window).products(vector, jnp.float32)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (70_001,), (512, 300), (4, 128, 500)])
@@ -47,13 +47,13 @@ def test_row_products_under_vmap(shape):
 )
 def test_dtype_of_the_window(leaf_dtype, spec, stored):
     opt = mfac_jax.scale_by_mfac(3, window=spec)
-    state = opt.init(jnp.zeros((2, 5), leaf_dtype))
-    assert state.window.dtype == stored
-    assert state.window.shape == (3, 2, 5)
+    state = opt.init({"w": jnp.zeros((2, 5), leaf_dtype)})
+    assert state.window["w"].values.dtype == stored
+    assert state.window["w"].values.shape == (3, 2, 5)
     assert state.gram.dtype == jnp.float32
-    update, state = opt.update(jnp.ones((2, 5), leaf_dtype), state)
-    assert update.dtype == leaf_dtype
-    assert state.window.dtype == stored
+    update, state = opt.update({"w": jnp.ones((2, 5), leaf_dtype)}, state)
+    assert update["w"].dtype == leaf_dtype
+    assert state.window["w"].values.dtype == stored
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -78,7 +78,7 @@ def test_a_gradient_that_overflows_a_narrow_window_is_refused():
     opt = mfac_jax.scale_by_mfac(4, window=mfac_jax.DenseWindow(jnp.float16))
     state = opt.init(jnp.zeros(3))
     update, state = opt.update(jnp.full(3, 1e6), state)
-    assert state.num_refused == 1
+    assert state.num_rejected == 1
     np.testing.assert_array_equal(update, 0)
 
 
@@ -108,5 +108,5 @@ def test_windows_are_sharded_like_the_parameters(axis_type, dtype):
     with jax.set_mesh(mesh):
         direction, state = run(lambda x: jax.device_put(x, NamedSharding(mesh, spec)))
     assert direction.sharding.spec == spec
-    assert state.window.sharding.spec == PartitionSpec(None, "x", "y")
+    assert state.window[""].values.sharding.spec == PartitionSpec(None, "x", "y")
     np.testing.assert_allclose(direction, expected, rtol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mfac_jax
-from mfac_jax import _groups, _windows
+from mfac_jax.windows import _groups
 
 # In an order that a group changes; of some dtypes there are several, of others one.
 SHAPES = {
@@ -57,7 +57,7 @@ def run(window):
 
 
 def groups_of(state):
-    return _groups.group_leaves(_windows.flatten(state.window)[0]).members
+    return _groups.group_leaves(list(state.window.values())).members
 
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=list(WINDOWS))
@@ -96,7 +96,7 @@ def test_one_bad_number_refuses_all(name):
     opt = mfac_jax.scale_by_mfac(4, 1e-3)
     _, state = opt.update(good, opt.init(good))
     update, after = opt.update(bad, state)
-    assert after.num_refused == 1
+    assert after.num_rejected == 1
     assert np.all(flat(update) == 0)
     jax.tree.map(np.testing.assert_array_equal, after.window, state.window)
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mfac_jax._dense_window import DenseGradients
-from mfac_jax._storage import Encoded
+from mfac_jax.windows._dense import DenseGradients
+from mfac_jax.windows._protocol import Encoded
+from mfac_jax.windows._storage import is_explicitly_sharded
 
 # Leaves of fewer numbers are small.
 _SMALL = 2**12
@@ -124,9 +125,9 @@ def _is_small(window: Any) -> bool:
     if not isinstance(window, DenseGradients):
         return False
     # Leaves that are sharded over explicit mesh axes cannot be put side by side.
-    spec = jax.typeof(window.values).sharding.spec
-    is_sharded = any(axis is not None for axis in spec)
-    return not is_sharded and math.prod(window.values.shape[1:]) < _SMALL
+    if is_explicitly_sharded(window.values):
+        return False
+    return math.prod(window.values.shape[1:]) < _SMALL
 
 
 def _split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:

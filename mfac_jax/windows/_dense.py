@@ -6,13 +6,15 @@ rows of the paper's gradient matrix ``G``, restricted to the leaf.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mfac_jax import _passes, _storage
+from mfac_jax import _checks
+from mfac_jax.windows import _reductions, _storage
+from mfac_jax.windows._protocol import Encoded, Window
 
 # Rows of at least this many numbers are summed in pieces on the CPU: there XLA's
 # matrix-vector product sums a row in sequence, and float32 loses digits with its
@@ -21,7 +23,7 @@ _LONG_ROW = 2**12
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseWindow:
+class DenseWindow(Window):
     """Stores the gradients of a leaf in full, row by row.
 
     A gradient is rounded to ``dtype`` when it enters the window, and what is
@@ -38,23 +40,23 @@ class DenseWindow:
     Examples:
       >>> import jax.numpy as jnp, mfac_jax
       >>> opt = mfac_jax.scale_by_mfac(4, window=mfac_jax.DenseWindow(jnp.bfloat16))
-      >>> opt.init({'w': jnp.zeros((2, 3))}).window['w'].shape
+      >>> opt.init({'w': jnp.zeros((2, 3))}).window['w'].values.shape
       (4, 2, 3)
     """
 
     dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
-        _storage.check_dtype("DenseWindow", self.dtype)
+        _checks.check_dtype("DenseWindow", self.dtype)
 
-    def init(self, leaf: jax.Array | jax.ShapeDtypeStruct, num_grads: int) -> jax.Array:
+    def init(self, leaf: Any, num_grads: int) -> "DenseGradients":
         """Returns a window of ``num_grads`` zero gradients, sharded like the leaf."""
         zeros = jnp.zeros_like(leaf, dtype=_storage.float_dtype(self.dtype, leaf))
-        return jnp.broadcast_to(zeros, (num_grads, *leaf.shape))
+        return DenseGradients(jnp.broadcast_to(zeros, (num_grads, *leaf.shape)))
 
 
 class DenseGradients(NamedTuple):
-    """The window of a leaf, or one row of it; the optimizer's state holds the array.
+    """The window of a leaf; a row of it is the same without the leading axis.
 
     Attributes:
       values: the gradients, shape ``(m, *leaf.shape)``.
@@ -62,25 +64,22 @@ class DenseGradients(NamedTuple):
 
     values: jax.Array
 
-    @property
-    def leaf_shape(self) -> str:
-        return str(self.values.shape[1:])
+    def mismatch(self, shape: tuple[int, ...]) -> str | None:
+        expected = self.values.shape[1:]
+        return None if shape == expected else str(expected)
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        return self.values.shape[1:] == shape
-
-    def encode(self, gradient: jax.Array, dtype) -> _storage.Encoded["DenseGradients"]:
+    def encode(self, gradient: jax.Array, dtype: Any) -> Encoded["DenseGradients"]:
         row = gradient.astype(self.values.dtype)
-        return _storage.Encoded(DenseGradients(row), row.astype(dtype))
+        return Encoded(DenseGradients(row), row.astype(dtype))
 
-    def products(self, vector: jax.Array, dtype) -> jax.Array:
+    def products(self, vector: jax.Array, dtype: Any) -> jax.Array:
         window, vector = self.values, vector.astype(dtype)
         # Under explicit sharding a sharded axis can be neither contracted by a product
         # nor reshaped, but it can be summed.
-        sharded = any(axis is not None for axis in jax.typeof(vector).sharding.spec)
+        sharded = _storage.is_explicitly_sharded(vector)
         if window.dtype != dtype:
-            inner_products = _sum_of_products if sharded else _passes.inner_products
-            return _passes.map_gradients(
+            inner_products = _sum_of_products if sharded else _reductions.inner_products
+            return _reductions.map_gradients(
                 lambda rows: inner_products(rows.astype(dtype), vector[None]), window
             )
         if sharded:
@@ -102,7 +101,7 @@ class DenseGradients(NamedTuple):
             weights = jnp.expand_dims(coefficients, range(1, rows.ndim))
             return total + jnp.sum(weights * rows.astype(total.dtype), axis=0)
 
-        return _passes.fold_gradients(add, start, (coefficients, self.values))
+        return _reductions.fold_gradients(add, start, (coefficients, self.values))
 
     def write(self, index: jax.Array, row: "DenseGradients", accepted: jax.Array):
         return _storage.write_row(self, index, row, accepted)
@@ -130,8 +129,8 @@ def _matrix_vector_in_pieces(window: jax.Array, vector: jax.Array) -> jax.Array:
     """
     num_rows, pieces = window.shape[0], math.gcd(vector.size, 8)
     if pieces < 4:
-        return _passes.map_gradients(
-            lambda rows: _passes.inner_products(rows, vector[None]), window
+        return _reductions.map_gradients(
+            lambda rows: _reductions.inner_products(rows, vector[None]), window
         )
     products = jnp.matmul(
         window.reshape(num_rows * pieces, -1),

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mfac_jax import _passes, _storage
+from mfac_jax import _checks
+from mfac_jax.windows import _reductions, _storage
+from mfac_jax.windows._protocol import Encoded, Window
 
 
 @dataclasses.dataclass(frozen=True)
-class TopKWindow:
+class TopKWindow(Window):
     r"""Stores the largest entries of each gradient, and what was left out later.
 
     A leaf is flattened and cut into blocks. With the error :math:`\xi_0 = 0`,
@@ -47,9 +49,10 @@ class TopKWindow:
     Examples:
       >>> import jax.numpy as jnp, mfac_jax
       >>> opt = mfac_jax.scale_by_mfac(4, window=mfac_jax.TopKWindow(density=0.5))
-      >>> gradient = jnp.array([1.0, -4.0, 2.0, 3.0])
+      >>> gradient = {'w': jnp.array([1.0, -4.0, 2.0, 3.0])}
       >>> _, state = opt.update(gradient, opt.init(gradient))
-      >>> state.window.values[0].tolist(), state.window.error.tolist()
+      >>> window = state.window['w']
+      >>> window.values[0].tolist(), window.error.tolist()
       ([[-4.0, 3.0]], [[1.0, 0.0, 2.0, 0.0]])
 
     References:
@@ -70,8 +73,13 @@ class TopKWindow:
             raise ValueError(
                 f"TopKWindow density must be above 0 and at most 1, got {self.density}."
             )
-        _storage.check_integer("TopKWindow block_size", self.block_size, 1)
-        _storage.check_dtype("TopKWindow", self.dtype)
+        _checks.check_integer("TopKWindow block_size", self.block_size, 1)
+        _checks.check_dtype("TopKWindow", self.dtype)
+
+    def unsupported(self, leaf: Any, weight_decay: float = 0.0) -> str | None:
+        """Returns why the gradients of a leaf cannot be stored, or ``None``."""
+        del weight_decay
+        return _storage.sharding_unsupported(leaf)
 
     def init(self, leaf: Any, num_grads: int) -> "TopKGradients":
         """Returns a window of ``num_grads`` zero gradients, and no error."""
@@ -103,16 +111,11 @@ class TopKGradients(NamedTuple):
     indices: jax.Array
     error: jax.Array
 
-    @property
-    def leaf_shape(self) -> str:
-        num_blocks, block_size = self.error.shape
-        return f"{num_blocks} block(s) of {block_size} numbers"
+    def mismatch(self, shape: tuple[int, ...]) -> str | None:
+        blocks = self.error.shape
+        return _storage.block_mismatch(blocks, shape, block_size=blocks[1])
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        block_size = self.error.shape[1]
-        return _storage.block_shape(math.prod(shape), block_size) == self.error.shape
-
-    def encode(self, gradient: jax.Array, dtype) -> _storage.Encoded["TopKGradients"]:
+    def encode(self, gradient: jax.Array, dtype: Any) -> Encoded["TopKGradients"]:
         blocks = _storage.to_blocks(gradient.astype(self.error.dtype), self.error.shape)
         total = self.error + blocks
         indices = jnp.sort(lax.top_k(jnp.abs(total), self.indices.shape[2])[1])
@@ -126,17 +129,17 @@ class TopKGradients(NamedTuple):
         vector = vector.at[self._places(indices[None])].add(
             values[None].astype(dtype), mode="drop"
         )
-        return _storage.Encoded(row, vector.reshape(gradient.shape))
+        return Encoded(row, vector.reshape(gradient.shape))
 
-    def products(self, vector: jax.Array, dtype) -> jax.Array:
+    def products(self, vector: jax.Array, dtype: Any) -> jax.Array:
         flat = vector.astype(dtype).reshape(-1)
 
         def of_rows(rows):
             values, indices = rows
             wanted = flat.at[self._places(indices)].get(mode="clip")
-            return _passes.inner_products(values.astype(dtype), wanted)
+            return _reductions.inner_products(values.astype(dtype), wanted)
 
-        return _passes.map_gradients(of_rows, (self.values, self.indices))
+        return _reductions.map_gradients(of_rows, (self.values, self.indices))
 
     def combine(self, coefficients: jax.Array, start: jax.Array) -> jax.Array:
         def add(total, batch):
@@ -145,7 +148,9 @@ class TopKGradients(NamedTuple):
             return total.at[self._places(indices)].add(weighted, mode="drop")
 
         rows = coefficients, self.values, self.indices
-        return _passes.fold_gradients(add, start.reshape(-1), rows).reshape(start.shape)
+        return _reductions.fold_gradients(add, start.reshape(-1), rows).reshape(
+            start.shape
+        )
 
     def write(self, index: jax.Array, row: "TopKGradients", accepted: jax.Array):
         values, indices = _storage.write_row(self[:2], index, row[:2], accepted)

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mfac_jax import _passes, _storage
+from mfac_jax import _checks
+from mfac_jax.windows import _reductions, _storage
+from mfac_jax.windows._protocol import Encoded, Window
 
 _LARGEST = 127
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8Window:
+class Int8Window(Window):
     r"""Stores gradients as 8-bit integers with a scale per block of numbers.
 
     A leaf is flattened and cut into blocks. Of a block :math:`x` with
@@ -34,8 +36,8 @@ class Int8Window:
     Examples:
       >>> import jax.numpy as jnp, mfac_jax
       >>> opt = mfac_jax.scale_by_mfac(4, window=mfac_jax.Int8Window())
-      >>> state = opt.init(jnp.zeros((5, 100)))
-      >>> state.window.values.shape, state.window.scales.shape
+      >>> window = opt.init({'w': jnp.zeros((5, 100))}).window['w']
+      >>> window.values.shape, window.scales.shape
       ((4, 4, 128), (4, 4))
 
     References:
@@ -46,7 +48,12 @@ class Int8Window:
     block_size: int = 128
 
     def __post_init__(self):
-        _storage.check_integer("Int8Window block_size", self.block_size, 128)
+        _checks.check_integer("Int8Window block_size", self.block_size, 128)
+
+    def unsupported(self, leaf: Any, weight_decay: float = 0.0) -> str | None:
+        """Returns why the gradients of a leaf cannot be stored, or ``None``."""
+        del weight_decay
+        return _storage.sharding_unsupported(leaf)
 
     def init(self, leaf: Any, num_grads: int) -> "Int8Gradients":
         """Returns a window of ``num_grads`` zero gradients."""
@@ -68,17 +75,11 @@ class Int8Gradients(NamedTuple):
     values: jax.Array
     scales: jax.Array
 
-    @property
-    def leaf_shape(self) -> str:
-        num_blocks, block_size = self.values.shape[1:]
-        return f"{num_blocks} block(s) of {block_size} numbers"
+    def mismatch(self, shape: tuple[int, ...]) -> str | None:
+        blocks = self.values.shape[1:]
+        return _storage.block_mismatch(blocks, shape, block_size=blocks[1])
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        num_blocks, block_size = self.values.shape[1:]
-        blocks = _storage.block_shape(math.prod(shape), block_size)
-        return blocks == (num_blocks, block_size)
-
-    def encode(self, gradient: jax.Array, dtype) -> _storage.Encoded["Int8Gradients"]:
+    def encode(self, gradient: jax.Array, dtype: Any) -> Encoded["Int8Gradients"]:
         blocks = _storage.to_blocks(
             gradient.astype(self.scales.dtype), self.values.shape[1:]
         )
@@ -88,12 +89,12 @@ class Int8Gradients(NamedTuple):
         values = jnp.clip(jnp.round(quotients), -_LARGEST, _LARGEST).astype(jnp.int8)
         row = Int8Gradients(values, scales)
         vector = _storage.from_blocks(_dequantized(row, dtype), gradient.shape)
-        return _storage.Encoded(row, vector)
+        return Encoded(row, vector)
 
-    def products(self, vector: jax.Array, dtype) -> jax.Array:
+    def products(self, vector: jax.Array, dtype: Any) -> jax.Array:
         blocks = _storage.to_blocks(vector.astype(dtype), self.values.shape[1:])
-        return _passes.map_gradients(
-            lambda rows: _passes.inner_products(
+        return _reductions.map_gradients(
+            lambda rows: _reductions.inner_products(
                 _dequantized(rows, dtype), blocks[None]
             ),
             self,
@@ -106,12 +107,12 @@ class Int8Gradients(NamedTuple):
             return total + jnp.sum(weights * _dequantized(rows, total.dtype), axis=0)
 
         blocks = _storage.to_blocks(start, self.values.shape[1:])
-        total = _passes.fold_gradients(add, blocks, (coefficients, self))
+        total = _reductions.fold_gradients(add, blocks, (coefficients, self))
         return _storage.from_blocks(total, start.shape)
 
     def write(self, index: jax.Array, row: "Int8Gradients", accepted: jax.Array):
         return _storage.write_row(self, index, row, accepted)
 
 
-def _dequantized(rows: Int8Gradients, dtype) -> jax.Array:
+def _dequantized(rows: Int8Gradients, dtype: Any) -> jax.Array:
     return rows.values.astype(dtype) * rows.scales.astype(dtype)[..., None]

@@ -1,0 +1,175 @@
+"""Validation of the arguments of the optimizer and of its windows."""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def number_of(value: Any) -> float | None:
+    """Returns a concrete scalar of any library as a float.
+
+    Returns ``None`` for schedules and traced values.
+    """
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return None
+    return float(value)
+
+
+def check_scalar(
+    name: str, value: Any, requirement: str, holds: Callable[[float], bool]
+) -> Any:
+    """Validates a hyper-parameter that may be a number, a schedule or traced.
+
+    Args:
+      name: of the argument, for the message.
+      value: what the user passed.
+      requirement: of a concrete number, for the message.
+      holds: whether a concrete number fulfills it.
+
+    Returns:
+      The value. Scalars of NumPy and other libraries become Python floats, which leave
+      dtypes alone; a JAX array stays one, since the next call may get a tracer in its
+      place (``optax.inject_hyperparams``).
+
+    Raises:
+      TypeError: for anything but a scalar or a callable.
+      ValueError: for a concrete number that does not fulfill the requirement.
+    """
+    if callable(value):
+        return value
+    is_number = hasattr(value, "__float__") and not isinstance(value, bool | np.bool_)
+    if not is_number or np.ndim(value) > 0:
+        raise TypeError(
+            f"{name} must be a number or a schedule, got {_described(value)}."
+        )
+    number = number_of(value)
+    if number is None:
+        return value
+    if not holds(number):
+        raise ValueError(f"{name} {requirement}, got {number}{_dtype_hint(value)}.")
+    return value if isinstance(value, jax.Array) else number
+
+
+def check_learning_rate(value: Any) -> Any:
+    """Validates a learning rate; see :func:`check_scalar`."""
+    if value is None or isinstance(value, dict | list | tuple):
+        raise TypeError(
+            f"learning_rate must be a number or a schedule, got {_described(value)}. "
+            "Parameters are passed to init: mfac(learning_rate).init(params)."
+        )
+    return check_scalar("learning_rate", value, "must be finite", math.isfinite)
+
+
+def check_damp(value: Any) -> Any:
+    """Validates a damping; see :func:`check_scalar`."""
+    return check_scalar(
+        "damp",
+        value,
+        "must be positive and finite: at 0 the Fisher is singular",
+        lambda x: 0 < x < math.inf,
+    )
+
+
+def check_num_grads(value: Any, static_args: tuple[str, ...]) -> int:
+    """Validates the number of gradients.
+
+    Args:
+      value: what the user passed.
+      static_args: the static arguments of the factory it was passed to, for the advice.
+
+    Returns:
+      A Python integer.
+
+    Raises:
+      TypeError: if it is traced or not an integer.
+      ValueError: if it is below 1.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            "num_grads is a shape and cannot be traced; with optax.inject_hyperparams "
+            f"pass static_args={static_args}."
+        )
+    return check_integer("num_grads", value, 1)
+
+
+def check_integer(name: str, value: Any, minimum: int) -> int:
+    """Returns an integer of at least ``minimum`` as a Python integer, else raises."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}.")
+    return number
+
+
+def check_dtype(kind: str, dtype: jax.typing.DTypeLike | None) -> None:
+    """Raises unless gradients can be stored in ``dtype``; ``None`` passes."""
+    if dtype is None:
+        return
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in _DTYPES:
+        raise ValueError(
+            f"{kind} dtype must be one of {', '.join(_DTYPES)} or None, got {name}."
+        )
+
+
+def check_parameter(name: str, leaf: Any) -> None:
+    """Raises unless a leaf is a real floating-point array or number.
+
+    Raises:
+      TypeError: with the leaf's path and how to leave it out.
+    """
+    is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    if not is_array and not isinstance(leaf, float):
+        raise TypeError(
+            "M-FAC needs real floating-point parameters, but "
+            f"{named(name)} is {_described(leaf)}. Leave it out with optax.masked or "
+            "optax.partition; of an Equinox model pass "
+            "eqx.filter(model, eqx.is_inexact_array)."
+        )
+    if is_array and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            "M-FAC needs real floating-point parameters, but "
+            f"{named(name)} has dtype {leaf.dtype}. Leave it out with optax.masked or "
+            "optax.partition."
+        )
+
+
+def named(path: str) -> str:
+    """Returns the path of a leaf for a message; a tree that is one leaf has none."""
+    return path or "the parameter"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, str | int | float | complex | None):
+        return repr(value)
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"an array of shape {tuple(shape)}"
+    text = repr(value)
+    return f"a {type(value).__name__}" + (f", {text}" if len(text) <= 60 else "")
+
+
+def _dtype_hint(value: Any) -> str:
+    """Explains a number that was fine before it was rounded."""
+    dtype = getattr(value, "dtype", None)
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return ""
+    return (
+        f" in {dtype}; optax.inject_hyperparams rounds numbers to the parameters' "
+        "dtype unless it is given hyperparam_dtype=jnp.float32"
+    )

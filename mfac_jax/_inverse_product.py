@@ -1,0 +1,80 @@
+"""Inverse-Fisher products of vectors outside the window."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mfac_jax import _checks, _solve
+from mfac_jax._state import find_states, match_windows
+
+
+def inverse_fisher_vector_product(
+    state: Any, vector: optax.Params, damp: jax.typing.ArrayLike
+) -> optax.Params:
+    r"""Multiplies any vector by the inverse of the damped empirical Fisher.
+
+    .. math::
+        F^{-1} x = \frac{1}{\lambda} \left(x - G^T (m \lambda I + G G^T)^{-1} G x\right)
+
+    For vectors outside the window: for an influence function, say, or a gradient of
+    other data. It divides the difference of two nearly equal vectors by ``λ``, so in
+    float32 it keeps about ``eps · ‖x‖ / (λ ‖F⁻¹ x‖)`` of relative accuracy, and where
+    the window's gradients are too parallel for the dtype it is NaN: use float64 or more
+    damping there. The optimizer itself never computes it this way.
+
+    Args:
+      state: The state of :func:`scale_by_mfac`, or an optimizer state that contains
+        exactly one, such as the state of a chain or ``optimizer.opt_state`` of an
+        ``nnx.Optimizer``.
+      vector: ``x``, a tree with the structure and shapes of the parameters.
+      damp: Damping ``λ > 0``, a number or a traced scalar.
+
+    Returns:
+      ``F⁻¹ x``, with the structure, shapes and dtypes of ``vector``.
+
+    Raises:
+      TypeError: If the paths of ``vector`` are not those of the parameters.
+      ValueError: If ``damp`` is a number and not positive and finite, if ``state`` does
+        not contain exactly one state of M-FAC, or if a shape of ``vector`` is not the
+        parameter's.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, mfac_jax
+      >>> opt = mfac_jax.scale_by_mfac(num_grads=2, damp=1.0)
+      >>> state = opt.init(jnp.zeros(2))
+      >>> _, state = opt.update(jnp.array([2.0, 0.0]), state)
+      >>> x = mfac_jax.inverse_fisher_vector_product(state, jnp.ones(2), 1.0)
+      >>> print('{:.4f} {:.4f}'.format(*x))
+      0.3333 1.0000
+
+    References:
+      Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
+      Information <https://arxiv.org/abs/2107.03356>`_, 2021
+    """
+    damp = _checks.check_damp(damp)
+    states = list(find_states(state).values())
+    if len(states) != 1:
+        raise ValueError(
+            "inverse_fisher_vector_product needs exactly one state of "
+            f"mfac_jax.scale_by_mfac, found {len(states)}."
+        )
+    [state] = states
+    dtype = state.gram.dtype
+    treedef = jax.tree.structure(vector)
+    leaves = match_windows(vector, state.window)
+    windows = [state.window[path] for path in leaves]
+    leaves = list(leaves.values())
+    damp = jnp.asarray(damp, dtype)
+    products = sum(
+        (w.products(x, dtype) for w, x in zip(windows, leaves, strict=True)),
+        start=jnp.zeros(state.gram.shape[0], dtype),
+    )
+    coefficients = _solve.damped_solve(state.gram, damp, products)
+    return treedef.unflatten(
+        [
+            (w.combine(-coefficients, x.astype(dtype)) / damp).astype(x.dtype)
+            for w, x in zip(windows, leaves, strict=True)
+        ]
+    )

@@ -1,0 +1,35 @@
+"""Windows: how the gradients of a leaf are stored.
+
+A kind of window is a :class:`Window`, a frozen dataclass with a method ``init``, whose
+result implements :class:`StoredGradients`. Kinds of your own need these two protocols
+and nothing else; the functions here are what the kinds of this package are made of.
+"""
+
+from mfac_jax.windows._choice import WindowFn, compact_windows
+from mfac_jax.windows._dense import DenseGradients, DenseWindow
+from mfac_jax.windows._int8 import Int8Gradients, Int8Window
+from mfac_jax.windows._protocol import Encoded, StoredGradients, Window
+from mfac_jax.windows._reductions import fold_gradients, inner_products, map_gradients
+from mfac_jax.windows._row_sparse import RowSparseGradients, RowSparseWindow
+from mfac_jax.windows._storage import write_row
+from mfac_jax.windows._top_k import TopKGradients, TopKWindow
+
+__all__ = [
+    "DenseGradients",
+    "DenseWindow",
+    "Encoded",
+    "Int8Gradients",
+    "Int8Window",
+    "RowSparseGradients",
+    "RowSparseWindow",
+    "StoredGradients",
+    "TopKGradients",
+    "TopKWindow",
+    "Window",
+    "WindowFn",
+    "compact_windows",
+    "fold_gradients",
+    "inner_products",
+    "map_gradients",
+    "write_row",
+]

@@ -1,0 +1,176 @@
+"""The choice of a window for each leaf, by its path."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from mfac_jax._checks import named
+from mfac_jax.windows._dense import DenseWindow
+from mfac_jax.windows._protocol import Window
+from mfac_jax.windows._row_sparse import RowSparseWindow
+
+WindowFn = Callable[[str, Any], Window]
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths, in flatten order.
+
+    The keys of a path are joined by ``/``. The attribute ``value`` in which a Flax
+    variable holds its array is left out, so that a tree of variables and the same tree
+    of arrays have the same paths.
+    """
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = {_name(path): leaf for path, leaf in paths_and_leaves}
+    if len(leaves) == len(paths_and_leaves):
+        return leaves
+    # Keys that contain a slash can make two paths one.
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths_and_leaves}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_window(window: Any) -> None:
+    """Raises unless ``window`` is a window, a function or ``None``.
+
+    Raises:
+      TypeError: with what was passed.
+    """
+    is_function = callable(window) and not isinstance(window, type)
+    if not (window is None or is_function or _is_window(window)):
+        raise TypeError(
+            "window must be a window such as mfac_jax.DenseWindow(), a function "
+            f"(path, leaf) -> window, or None, got {window!r}."
+        )
+
+
+def choose_windows(
+    window: Window | WindowFn | None, leaves: Mapping[str, Any]
+) -> dict[str, Window]:
+    """Returns the window of each leaf.
+
+    Args:
+      window: one for all leaves, a function of path and leaf, or ``None``.
+      leaves: parameters by path.
+
+    Raises:
+      TypeError: if the function returns anything but a window or ``None``.
+    """
+    chosen = {}
+    for path, leaf in leaves.items():
+        spec = window
+        if callable(window) and not isinstance(window, Window):
+            spec = window(path, leaf)
+        spec = DenseWindow() if spec is None else spec
+        if not _is_window(spec):
+            raise TypeError(
+                "the window function must return a window such as "
+                f"mfac_jax.DenseWindow(), got {spec!r} for {path!r}."
+            )
+        chosen[path] = spec
+    if isinstance(window, _CompactWindows) and leaves:
+        window.warn_if_unmatched(list(leaves))
+    return chosen
+
+
+def check_supported(
+    leaf: Any, path: str, spec: Window, weight_decay: float = 0.0
+) -> None:
+    """Raises where a window cannot store the gradients of a leaf.
+
+    Raises:
+      ValueError: with the leaf's path and the window's reason.
+    """
+    reason = spec.unsupported(leaf, weight_decay)
+    if reason is not None:
+        raise ValueError(f"{named(path)} {reason}")
+
+
+def _is_window(value: Any) -> bool:
+    # A class has the methods of its instances.
+    return isinstance(value, Window) and not isinstance(value, type)
+
+
+def compact_windows(
+    max_rows: int | Mapping[str, int], dtype: jax.typing.DTypeLike | None = None
+) -> WindowFn:
+    """Stores embedding tables row-sparse and all other leaves densely.
+
+    Pass the result as ``window`` of :func:`~mfac_jax.mfac`. It is exact while no
+    mini-batch contains more than ``max_rows`` different tokens: ``batch size × sequence
+    length`` is a safe bound, the largest number of different tokens in a batch a tight
+    one. Warns if no path matches; :func:`~mfac_jax.window_table` shows which leaf got
+    which window.
+
+    Args:
+      max_rows: Rows kept of a gradient (static): one number for all leaves whose last
+        key contains ``embedding``, the names of Flax (``encoder/Embed_0/embedding``);
+        or a mapping from regular expressions, searched for in the path, to numbers, the
+        first match wins. Equinox and PyTorch name tables otherwise:
+        ``{'layers/0/weight$': 512}``, ``{'word_emb/weight$': 512}``.
+      dtype: Storage dtype of all windows (static), as in
+        :class:`~mfac_jax.DenseWindow`.
+
+    Returns:
+      A function ``(path, leaf) -> window``.
+
+    Raises:
+      TypeError: As :class:`~mfac_jax.RowSparseWindow`.
+      ValueError: As :class:`~mfac_jax.RowSparseWindow`.
+      re.error: For a malformed regular expression.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> params = {'embedding': jnp.zeros((30_000, 8)), 'kernel': jnp.zeros((8, 2))}
+      >>> opt = mfac_jax.scale_by_mfac(4, window=mfac_jax.compact_windows(100))
+      >>> print(mfac_jax.window_table(opt.init(params)))
+      path       stored                                          bytes
+      embedding  values float32[4,100,8] indices uint16[4,100]  13,600
+      kernel     values float32[4,8,2]                             256
+    """
+    if not isinstance(max_rows, Mapping):
+        max_rows = {r"embedding[^/]*$": max_rows}
+    return _CompactWindows(
+        tuple(
+            (re.compile(pattern), RowSparseWindow(rows, dtype))
+            for pattern, rows in max_rows.items()
+        ),
+        DenseWindow(dtype),
+    )
+
+
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _CompactWindows:
+    tables: tuple[tuple[re.Pattern[str], RowSparseWindow], ...]
+    others: DenseWindow
+
+    def __call__(self, path: str, leaf: Any = _MISSING) -> Window:
+        if leaf is _MISSING:
+            # optax.inject_hyperparams takes it for a schedule.
+            raise TypeError(
+                "a window function takes a path and a leaf, got one argument; with "
+                "optax.inject_hyperparams add 'window' to static_args."
+            )
+        return next((w for p, w in self.tables if p.search(path)), self.others)
+
+    def warn_if_unmatched(self, paths: list[str]) -> None:
+        if any(p.search(path) for p, _ in self.tables for path in paths):
+            return
+        patterns = ", ".join(repr(p.pattern) for p, _ in self.tables)
+        shown = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
+        warnings.warn(
+            f"compact_windows found no embedding table: no path matches {patterns} "
+            f"({shown}). All gradients are stored densely; pass a mapping from a "
+            "pattern that matches to the number of rows.",
+            stacklevel=2,
+        )
