@@ -215,13 +215,11 @@ def _scale_by_mfac(
         directions = groups.unpack(
             [jnp.where(accepted, direction, 0) for direction in directions], leaves
         )
-        saturated = jnp.zeros((), bool)
-        for direction, leaf in zip(directions, leaves, strict=True):
-            saturated |= _exceeds(direction, leaf.dtype)
-        directions = [
+        narrowed = [
             _saturating_cast(direction, leaf.dtype)
             for direction, leaf in zip(directions, leaves, strict=True)
         ]
+        saturated = jnp.any(jnp.array([any_saturated for _, any_saturated in narrowed]))
         stored = groups.unpack_windows(
             [
                 w.write(index, e.row, accepted)
@@ -229,7 +227,7 @@ def _scale_by_mfac(
             ]
         )
         row = jnp.where(accepted, products, state.gram[index])
-        return treedef.unflatten(directions), ScaleByMFACState(
+        return treedef.unflatten(x for x, _ in narrowed), ScaleByMFACState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             index=jnp.where(accepted, (index + 1) % num_grads, index),
             gram=_with_row(state.gram, index, row),
@@ -397,19 +395,16 @@ def _with_row(gram: jax.Array, index: jax.Array, row: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(gram, row, index, 1)
 
 
-def _exceeds(x: jax.Array, dtype: Any) -> jax.Array:
-    """Whether an element of ``x`` is too large for ``dtype``."""
-    largest = jnp.finfo(dtype).max
-    if largest >= jnp.finfo(x.dtype).max:
-        return jnp.zeros((), bool)
-    return jnp.any(jnp.abs(x) > largest.astype(x.dtype))
+def _saturating_cast(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Casts to ``dtype``; values too large for a narrower one become its largest.
 
-
-def _saturating_cast(x: jax.Array, dtype: Any) -> jax.Array:
-    """Casts to ``dtype``; values too large for a narrower one become its largest."""
-    if jnp.finfo(dtype).max < jnp.finfo(x.dtype).max:
-        x = jnp.clip(x, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
-    return x.astype(dtype)
+    Also returns whether there were any.
+    """
+    if jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
+        return x.astype(dtype), jnp.zeros((), bool)
+    largest = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
+    clipped = jnp.clip(x, -largest, largest)
+    return clipped.astype(dtype), jnp.any(clipped != x)
 
 
 def _add_if(condition: jax.Array, total: jax.Array) -> jax.Array:

@@ -63,7 +63,10 @@ def keep_dtypes(
 
     def update_fn(updates, state, params=None):
         new_updates, state = inner.update(updates, state, params)
-        return jax.tree.map(lambda n, u: n.astype(u.dtype), new_updates, updates), state
+        updates = jax.tree.map(
+            lambda n, u: jnp.asarray(n, jnp.result_type(u)), new_updates, updates
+        )
+        return updates, state
 
     return optax.GradientTransformation(inner.init, update_fn)
 

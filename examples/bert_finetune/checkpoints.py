@@ -70,7 +70,11 @@ def save(
     """
     path = output_dir / f"checkpoint-{int(state.step)}"
     staging = output_dir / _STAGING
-    kept = state if with_window or not window_nbytes(state) else _without_windows(state)
+    kept = (
+        state
+        if with_window or not window_nbytes(state)
+        else mfac_jax.drop_windows(state)
+    )
 
     def write() -> None:
         clean_up(output_dir)
@@ -151,7 +155,7 @@ def restore(
             restored.append(
                 checkpointer.restore(
                     (path / _STATE).absolute(),
-                    shapes if has_window else _without_windows(shapes),
+                    shapes if has_window else mfac_jax.drop_windows(shapes),
                 )
             )
 
@@ -159,7 +163,7 @@ def restore(
         raise CheckpointError(f"{path} cannot be read: {problem}.")
     [state] = restored
     if not has_window:
-        state = _with_new_windows(state, init_state())
+        state = mfac_jax.refill_windows(state, init_state())
     return state, trainer_state
 
 
@@ -175,7 +179,7 @@ def remove_old(output_dir: Path, step: int, limit: int, best: str | None) -> Non
 
 def window_nbytes(state: training.TrainState) -> int:
     """Returns the bytes that a checkpoint saves by leaving out M-FAC's gradients."""
-    return optimizers.nbytes(state) - optimizers.nbytes(_without_windows(state))
+    return optimizers.nbytes(state) - optimizers.nbytes(mfac_jax.drop_windows(state))
 
 
 def clean_up(output_dir: Path) -> None:
@@ -235,32 +239,3 @@ def _file_sizes(directory: Path) -> dict[str, int]:
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != _TRAINER_STATE
     }
-
-
-def _is_mfac(node: Any) -> bool:
-    return isinstance(node, mfac_jax.ScaleByMFACState)
-
-
-def _without_windows(state: training.TrainState) -> training.TrainState:
-    return jax.tree.map(
-        lambda node: (
-            node._replace(gram=None, inverse=None, window=None)
-            if _is_mfac(node)
-            else node
-        ),
-        state,
-        is_leaf=_is_mfac,
-    )
-
-
-def _with_new_windows(
-    state: training.TrainState, new: training.TrainState
-) -> training.TrainState:
-    def fill(node: Any, new_node: Any) -> Any:
-        if not _is_mfac(node):
-            return node
-        return node._replace(
-            gram=new_node.gram, inverse=new_node.inverse, window=new_node.window
-        )
-
-    return jax.tree.map(fill, state, new, is_leaf=_is_mfac)

@@ -434,12 +434,9 @@ def check_memory(optimizer: Optimizer, params: Any) -> None:
     )
     num_grads = optimizer.hyperparams.get("num_grads")
     if num_grads is not None:
-        # The error of a top-k window does not grow with num_grads.
-        errors = sum(
-            nbytes(e) for _, e in optax.tree.get_all_with_path(shapes, "error")
-        )
-        window = mfac_jax.window_nbytes(shapes) - errors
-        for_window = available - working - (state - window)
+        window = mfac_jax.window_nbytes(shapes)
+        # Less one gradient: the error of a top-k window does not shrink with num_grads.
+        for_window = available - working - (state - window) - nbytes(params)
         fitting = max(0, for_window * num_grads // window)
         message += (
             f" Its window holds num_grads = {num_grads} gradients; {fitting} would "

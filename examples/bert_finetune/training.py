@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import mfac_jax
 from bert_finetune import modeling
 from bert_finetune.errors import UserError
 
@@ -20,8 +21,6 @@ LossFn = Callable[
     [modeling.Params, modeling.Batch, jax.Array | None],
     tuple[jax.Array, dict[str, jax.Array]],
 ]
-# Scalars of an optimizer's state that are worth a curve.
-OPTIMIZER_SCALARS = ("damp", "num_raised", "num_refused", "num_dropped")
 # Steps that may be dispatched before the first of them has to be finished.
 _MAX_STEPS_IN_FLIGHT = 16
 
@@ -125,7 +124,7 @@ def make_train_step(
     """Returns the jitted step ``(state, batch) -> (state, metrics)``; state is donated.
 
     ``metrics`` are scalars on the device: loss, what the loss function adds, the
-    scalars of an M-FAC state, and the learning rate if ``schedule`` is given. The batch
+    diagnostics of M-FAC, and the learning rate if ``schedule`` is given. The batch
     is cut into ``accumulation_steps`` equal parts that go through the model one after
     the other; loss and gradient are the means over all its examples.
     (`optax.MultiSteps` would hold a second optimizer state.)
@@ -158,10 +157,7 @@ def make_train_step(
         (loss, metrics), grads = compute(state.params, batch, dropout_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        for name in OPTIMIZER_SCALARS:
-            value = optax.tree.get(opt_state, name)
-            if value is not None:
-                metrics[name] = value
+        metrics |= mfac_jax.diagnostics(opt_state)
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step)
         metrics["loss"] = loss

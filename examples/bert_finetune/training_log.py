@@ -7,11 +7,10 @@ from typing import Any
 
 from bert_finetune import reporting
 from bert_finetune.progress import Progress
-from bert_finetune.training import OPTIMIZER_SCALARS
 
 FILE = "metrics.jsonl"
 # A line for people has no room for these.
-_NOT_SHOWN = re.compile("^num_|_samples|_runtime|_per_second")
+_NOT_SHOWN = re.compile("^num_|^effective_rank|_samples|_runtime|_per_second")
 _AVERAGED = ("loss", "accuracy")
 
 
@@ -86,9 +85,10 @@ class TrainingLog:
         self._write(step, {n: v for n, v in results.items() if n.startswith("eval_")})
 
     def summary(self) -> dict[str, float]:
-        """Returns the mean loss, and the scalars of the optimizer's last state."""
-        scalars = {n: self._last[n] for n in OPTIMIZER_SCALARS if n in self._last}
-        return {"train_loss": self._total_loss / self._num_steps, **scalars}
+        """Returns the mean loss and the optimizer's last diagnostics."""
+        others = (*_AVERAGED, "learning_rate")
+        diagnostics = {n: v for n, v in self._last.items() if n not in others}
+        return {"train_loss": self._total_loss / self._num_steps, **diagnostics}
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         line = {"step": step, "epoch": step / self._steps_per_epoch, **values}

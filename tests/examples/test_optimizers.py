@@ -97,13 +97,14 @@ def test_schedule_comes_from_the_flags(flags, num_warmup):
 
 @pytest.mark.parametrize("optim", ["MFAC", "adamw"])
 def test_gradients_are_clipped_before_the_optimizer(optim):
+    optim_args = '{"num_grads": 2, "window": "dense"}' if optim == "MFAC" else None
     gradients = jax.tree.map(lambda x: jnp.full_like(x, 0.01), PARAMS)
     large = jax.tree.map(lambda x: 1e4 * x, gradients)
     unit = jax.tree.map(lambda x: x / optax.tree.norm(gradients), gradients)
 
     def first_update(gradients, *flags):
         optimizer = make_optimizer(
-            args_of(optim, None if optim == "adamw" else '{"num_grads": 2}', *flags), 10
+            args_of(optim, optim_args, *flags), 10
         ).transformation
         return optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)[0]
 
@@ -398,15 +399,15 @@ def test_windows_by_name(window, dtype, rows):
     optimizer = make_optimizer(args_of("MFAC", json.dumps(optim_args)))
     state = optimizer.transformation.init(EMBEDDINGS)
     window = optax.tree.get(state, "ScaleByMFACState").window
-    assert window["dense"]["kernel"].dtype == dtype
+    assert window["dense/kernel"].values.dtype == dtype
     words, positions, types = (
-        window["embeddings"][f"{name}_embeddings"]["embedding"]
+        window[f"embeddings/{name}_embeddings/embedding"]
         for name in ("word", "position", "token_type")
     )
-    assert types.shape == (3, 2, 2)
+    assert types.values.shape == (3, 2, 2)
     if rows is None:
-        assert words.shape == (3, 30, 2)
-        assert positions.shape == (3, 16, 2)
+        assert words.values.shape == (3, 30, 2)
+        assert positions.values.shape == (3, 16, 2)
     else:
         assert words.values.shape == (3, rows[0], 2)
         assert positions.values.shape == (3, rows[1], 2)
@@ -478,7 +479,7 @@ def test_a_window_that_does_not_fit_is_refused_with_figures(monkeypatch):
     params = {"dense": {"kernel": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}}
 
     def check(num_grads):
-        optim_args = json.dumps({"num_grads": num_grads})
+        optim_args = json.dumps({"num_grads": num_grads, "window": "dense"})
         optimizer = make_optimizer(args_of("MFAC", optim_args), 10)
         optimizers.check_memory(optimizer, params)
 

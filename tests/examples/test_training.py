@@ -224,8 +224,9 @@ def test_the_state_of_mfac_is_reported():
     batches = [batch_of([1, -1], [1, 0], 2)] * 3
     _, records = train_scalar(mfac_jax.mfac(0.1, num_grads=2, damp=0.1), batches)
     assert records[-1][1]["damp"] == pytest.approx(0.1)
-    for name in ("num_raised", "num_rejected", "num_dropped"):
+    for name in ("num_raised", "num_rejected", "num_saturated"):
         assert records[-1][1][name] == 0
+    assert records[-1][1]["num_stored"] == 2
 
 
 def test_a_loss_that_is_not_finite_is_an_error():

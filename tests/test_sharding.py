@@ -1,0 +1,131 @@
+"""Windows on a mesh of eight devices, against the same updates on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from flax.training.train_state import TrainState
+from float8_window import Float8Window
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import mfac_jax
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KINDS = {
+    "dense": None,
+    "bf16": mfac_jax.DenseWindow(jnp.bfloat16),
+    "int8": mfac_jax.Int8Window(),
+    "row_sparse": mfac_jax.RowSparseWindow(8),
+    "topk": mfac_jax.TopKWindow(0.3, block_size=16),
+    "float8": Float8Window(),
+}
+PARAMS = {"table": jnp.zeros((64, 8)), "kernel": jnp.zeros((8, 16))}
+
+
+@functools.cache
+def gradients(num_steps):
+    rng = np.random.default_rng(0)
+    trees = []
+    for _ in range(num_steps):
+        tree = {k: np.float32(rng.normal(size=p.shape)) for k, p in PARAMS.items()}
+        tree["table"][8:] = 0
+        trees.append(tree)
+    return trees
+
+
+@pytest.mark.parametrize("sharded_gradients", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_split_along_their_gradients(kind, sharded_gradients):
+    """A scatter into the Gram matrix with a sharded row gave wrong numbers."""
+    opt = mfac_jax.scale_by_mfac(16, 1e-4, window=KINDS[kind])
+    mesh = jax.make_mesh((8,), ("m",), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*a)) for a in (["m"], []))
+    state = opt.init(PARAMS)
+    is_split = lambda x: x.ndim > 0 and x.shape[0] % 8 == 0  # noqa: E731
+    shardings = jax.tree.map(lambda _: whole, state)._replace(
+        window=jax.tree.map(lambda x: split if is_split(x) else whole, state.window)
+    )
+    of_gradients = dict.fromkeys(PARAMS, split if sharded_gradients else whole)
+    update = jax.jit(
+        opt.update,
+        in_shardings=(of_gradients, shardings),
+        out_shardings=(of_gradients, shardings),
+    )
+    alone, expected_state = jax.jit(opt.update), opt.init(PARAMS)
+    state = jax.device_put(state, shardings)
+    for gradient in gradients(70):
+        expected, expected_state = alone(gradient, expected_state)
+        direction, state = update(jax.device_put(gradient, of_gradients), state)
+        for name, value in expected.items():
+            error = np.linalg.norm(direction[name] - value)
+            assert error <= 2e-6 * np.linalg.norm(value)
+    assert state.num_raised == 0
+    np.testing.assert_allclose(state.gram, expected_state.gram, rtol=2e-6, atol=2e-5)
+
+
+class Partitioned(nnx.Module):
+    def __init__(self):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("x", "y"))
+        self.dense = nnx.Linear(
+            8, 8, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0)
+        )
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_metadata_of_nnx_stays_with_the_parameters(axis_type):
+    """The axes of a kernel are not those of its window, which has six gradients."""
+    x = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
+
+    def train():
+        model = Partitioned()
+        opt = nnx.Optimizer(model, mfac_jax.mfac(0.1, 6, 1e-2, 0.5), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, opt):
+            opt.update(
+                model, nnx.grad(lambda model: jnp.mean(model.dense(x) ** 2))(model)
+            )
+
+        for _ in range(3):
+            step(model, opt)
+        window = opt.opt_state[1].window["dense/kernel"].values[...]
+        return np.asarray(model.dense.kernel[...]), window.sharding.spec
+
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
+    with jax.set_mesh(mesh):
+        kernel, spec = train()
+    assert spec == PartitionSpec(None, "x", "y")
+    with jax.set_mesh(jax.make_mesh((1, 1), ("x", "y"))):
+        expected, _ = train()
+    np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
+
+
+class Boxed(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        init = linen.with_partitioning(linen.initializers.lecun_normal(), ("x", "y"))
+        return linen.Dense(8, use_bias=False, kernel_init=init)(x)
+
+
+def test_metadata_of_linen_stays_with_the_parameters():
+    x, opt = jnp.ones((8, 8)), mfac_jax.mfac(0.1, 6, 1e-2, 0.5)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+    def init():
+        params = Boxed().init(jax.random.key(0), x)
+        return TrainState.create(apply_fn=Boxed().apply, params=params, tx=opt)
+
+    with jax.set_mesh(mesh):
+        specs = linen.get_partition_spec(jax.eval_shape(init))
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        state = jax.jit(init, out_shardings=shardings)()
+        window = state.opt_state[1].window["params/Dense_0/kernel"].values
+        assert window.shape == (6, 8, 8)
+        gradient = jax.grad(lambda params: jnp.mean(Boxed().apply(params, x) ** 2))
+        before = jax.tree.leaves(state.params)[0]
+        state = state.apply_gradients(grads=gradient(state.params))
+    assert not np.array_equal(before, jax.tree.leaves(state.params)[0])
