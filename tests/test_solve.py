@@ -1,5 +1,7 @@
 """The damped Gram system: its relation to the paper, and its promise in float32."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,13 +70,13 @@ def error(found, expected):
     ],
 )
 @pytest.mark.parametrize("num_grads", [1, 2, 48])
-def test_the_inverse_follows_for_many_windows_without_factorising(
+def test_the_inverse_follows_for_many_windows_without_factorizing(
     monkeypatch, num_grads, dtype, share, damp, bound
 ):
     def fail(gram, damp):
         return jnp.full_like(gram, jnp.nan)
 
-    monkeypatch.setattr(_solve, "_factor", fail)
+    monkeypatch.setattr(_solve, "_inverse_factor", fail)
     gradients = correlated(6 * num_grads, share)
     with jax.enable_x64(dtype == "float64"):
         for system, row, solution in follow(
@@ -87,7 +89,7 @@ def test_the_inverse_follows_for_many_windows_without_factorising(
             assert not solution.raised
 
 
-def test_an_inverse_that_has_gathered_errors_is_made_anew():
+def test_an_inverse_that_has_accumulated_errors_is_computed_again():
     """It fails now and then where gradients have nine tenths in common."""
     for system, row, solution in follow(correlated(300, 0.9), 48, [1e-4] * 300):
         exact = np.linalg.solve(system, np.eye(48)[row])
@@ -105,6 +107,48 @@ def test_another_inverse_costs_no_accuracy(other):
         exact = np.linalg.solve(system, np.eye(16)[row])
         assert error(solution.coefficients, exact) < 2e-5
         assert not solution.raised
+
+
+@pytest.mark.parametrize("num_grads", [8, 33, 100])
+def test_lapack_gets_no_work_that_it_gives_to_threads(num_grads):
+    """On a CPU a triangular solve with several right-hand sides, at any size."""
+    matrix = jax.ShapeDtypeStruct((num_grads, num_grads), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    solve = jax.jit(_solve.solve_for_row)
+    program = solve.trace(matrix, matrix, index, scalar).lower(
+        lowering_platforms=("cpu",)
+    )
+    text = program.as_text()
+    assert "potrf" in text
+    assert "trsm" not in text
+    assert "triangular_solve" not in text
+    sizes = re.findall(r"potrf.*-> \(tensor<(\d+)x", text)
+    assert sizes
+    assert max(map(int, sizes)) <= 32
+    # A GPU keeps its libraries.
+    program = solve.trace(matrix, matrix, index, scalar).lower(
+        lowering_platforms=("cuda",)
+    )
+    assert "triangular_solve" in program.as_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("num_grads", [1, 31, 32, 33, 100, 257])
+def test_both_forms_of_the_inverse_factor(num_grads, dtype):
+    gradients = correlated(num_grads, 0.5, size=3 * num_grads)
+    with jax.enable_x64(dtype == "float64"):
+        gram = jnp.asarray(gradients @ gradients.T, dtype)
+        system = np.asarray(gram, float) + num_grads * 1e-4 * np.eye(num_grads)
+        expected = np.linalg.inv(np.linalg.cholesky(system))
+        eps = jnp.finfo(dtype).eps
+        found = jax.jit(_solve._inverse_factor)(gram, jnp.asarray(1e-4, dtype))
+        assert error(found, expected) < 100 * eps
+        np.testing.assert_array_equal(found, np.tril(found))
+        # A matrix that is not positive definite has none.
+        bad = gram.at[num_grads // 2, num_grads // 2].set(-1.0)
+        found = jax.jit(_solve._inverse_factor)(bad, jnp.asarray(1e-4, dtype))
+        assert not np.all(np.isfinite(found))
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.99, 1.01, 2.0])

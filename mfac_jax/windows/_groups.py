@@ -1,9 +1,9 @@
-"""Small dense leaves taken together, for a step of fewer and larger kernels.
+"""Groups of small dense leaves, for an update of fewer and larger kernels.
 
-Most leaves of a network are vectors of a few hundred numbers. On a GPU a kernel for
+Most leaves of a network are vectors of a few hundred elements. On a GPU a kernel for
 each takes longer to launch than to run, and every kernel has to be compiled. Their
-windows stay apart in the state; the two passes see a copy of them side by side. Leaves
-that are sharded over automatic mesh axes are gathered for it.
+windows stay separate in the state; the two passes read a copy that concatenates them.
+Leaves that are sharded over automatic mesh axes are gathered for it.
 """
 
 import math
@@ -17,14 +17,15 @@ from mfac_jax.windows._dense import DenseGradients
 from mfac_jax.windows._protocol import Encoded
 from mfac_jax.windows._storage import is_explicitly_sharded
 
-# Leaves of fewer numbers are small.
+# Leaves of fewer elements are small.
 _SMALL = 2**12
-# All of them may be this share of what the windows hold, else nothing is copied.
+# Nothing is grouped if the small leaves are a larger share of the windows: the copy
+# would cost too much.
 _SHARE = 1 / 16
 
 
 class DenseGroup(NamedTuple):
-    """The dense windows of several leaves, for their gradients in one vector."""
+    """The dense windows of several leaves, whose gradients form one vector."""
 
     windows: tuple[DenseGradients, ...]
 
@@ -32,10 +33,10 @@ class DenseGroup(NamedTuple):
         return self.windows[0].encode(gradient, dtype)
 
     def products(self, vector: jax.Array, dtype: Any) -> jax.Array:
-        return self._side_by_side().products(vector, dtype)
+        return self._concatenated().products(vector, dtype)
 
     def combine(self, coefficients: jax.Array, start: jax.Array) -> jax.Array:
-        return self._side_by_side().combine(coefficients, start)
+        return self._concatenated().combine(coefficients, start)
 
     def write(
         self, index: jax.Array, row: DenseGradients, accepted: jax.Array
@@ -48,16 +49,16 @@ class DenseGroup(NamedTuple):
             )
         )
 
-    def _side_by_side(self) -> DenseGradients:
+    def _concatenated(self) -> DenseGradients:
         values = [w.values.reshape(w.values.shape[0], -1) for w in self.windows]
         return DenseGradients(jnp.concatenate(values, axis=1))
 
 
 class Groups(NamedTuple):
-    """Which leaves are taken together.
+    """A partition of the leaves.
 
     Attributes:
-      members: the numbers of the leaves of each group; most groups have one.
+      members: The positions of the leaves of each group; most groups have one.
     """
 
     members: list[list[int]]
@@ -72,13 +73,13 @@ class Groups(NamedTuple):
         ]
 
     def unpack_windows(self, packed: Sequence[Any]) -> list[Any]:
-        """Undoes :meth:`pack_windows`."""
+        """Inverse of :meth:`pack_windows`."""
         return self._in_order(
             [w.windows if isinstance(w, DenseGroup) else [w] for w in packed]
         )
 
     def pack(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-        """Returns the gradient of each group: of several leaves one vector."""
+        """Returns the gradient of each group; several leaves form one vector."""
         return [
             leaves[group[0]]
             if len(group) == 1
@@ -89,7 +90,7 @@ class Groups(NamedTuple):
     def unpack(
         self, packed: Sequence[jax.Array], like: Sequence[jax.Array]
     ) -> list[jax.Array]:
-        """Undoes :meth:`pack`, for leaves of the shapes of ``like``."""
+        """Inverse of :meth:`pack`, for leaves of the shapes of ``like``."""
         return self._in_order(
             [
                 [x] if len(group) == 1 else _split(x, [like[i].shape for i in group])
@@ -107,7 +108,7 @@ class Groups(NamedTuple):
 
 
 def group_leaves(windows: Sequence[Any]) -> Groups:
-    """Puts the small dense leaves of each dtype into a group."""
+    """Groups the small dense leaves of each dtype."""
     small: dict[Any, list[int]] = {}
     others: list[list[int]] = []
     for i, w in enumerate(windows):
@@ -124,7 +125,6 @@ def group_leaves(windows: Sequence[Any]) -> Groups:
 def _is_small(window: Any) -> bool:
     if not isinstance(window, DenseGradients):
         return False
-    # Leaves that are sharded over explicit mesh axes cannot be put side by side.
     if is_explicitly_sharded(window.values):
         return False
     return math.prod(window.values.shape[1:]) < _SMALL

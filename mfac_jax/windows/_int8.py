@@ -16,22 +16,23 @@ _LARGEST = 127
 
 @dataclasses.dataclass(frozen=True)
 class Int8Window(Window):
-    r"""Stores gradients as 8-bit integers with a scale per block of numbers.
+    r"""Stores gradients as 8-bit integers with one scale per block.
 
-    A leaf is flattened and cut into blocks. Of a block :math:`x` with
-    :math:`s = \max |x| / 127` the integers :math:`\mathrm{round}(x / s)`, to even at
-    ties, and :math:`s` are stored; what is preconditioned is the product of the two.
+    A leaf is flattened and cut into blocks. A block :math:`x` with
+    :math:`s = \max |x| / 127` is stored as :math:`s` and the integers
+    :math:`\mathrm{round}(x / s)`, ties to even; the product of the two is what is
+    preconditioned.
 
-    The window takes about ``num_grads × leaf.size × (1 + 4 / block_size)`` bytes: the
-    scales have the dtype of the leaf, but float32 at least, and the last block is
-    filled up. A leaf smaller than a block is one block of its own size.
+    The window takes about ``num_grads × leaf.size × (1 + 4 / block_size)`` bytes. The
+    scales have the dtype of the leaf, float32 at least; the last block is padded. A
+    leaf smaller than a block is one block of its own size.
 
     Args:
-      block_size: numbers in a block, static, at least 128.
+      block_size: Elements in a block (static), at least 128.
 
     Raises:
-      TypeError: if ``block_size`` is not an integer.
-      ValueError: if ``block_size`` is below 128, where the scales weigh too much.
+      TypeError: If ``block_size`` is not an integer.
+      ValueError: If ``block_size`` is below 128, where the scales take too much.
 
     Examples:
       >>> import jax.numpy as jnp, mfac_jax

@@ -1,14 +1,14 @@
-"""The two passes over the gradients of a window, in the order that suits the backend.
+"""The two passes over the gradients of a window, in batches that suit the backend.
 
-``G x`` maps gradients to numbers, ``cᵀ G`` folds them into one. A kind of window says
-what either means for several stored gradients at once; how many that are at a time is
-decided here:
+``G x`` maps each gradient to a number, ``cᵀ G`` folds all gradients into one. A kind of
+window defines both for several stored gradients at once; this module decides for how
+many at a time:
 
 * On a GPU all of them: one kernel, into which XLA can fuse widening and gathering.
-* On the CPU a few at a time. There XLA would first write a wider copy of the whole
-  window, or what was gathered for it, to memory.
+* On the CPU a few. XLA would first write a wider copy of the whole window, or what was
+  gathered from it, to memory.
 
-Windows that need no widening have products of their own (``_dense_window.py``).
+Dense windows that need no widening have products of their own (``_dense.py``).
 """
 
 import math
@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# On the CPU at most so many numbers of a leaf at a time, unless one gradient has more:
-# enough to spare small leaves a loop per gradient. A step of int8 windows for BERT-tiny
-# with 256 gradients takes 0.48 s, with 2**16 numbers 0.65 s, with 2**20 0.93 s.
+# Maximum elements of a leaf processed at once on CPU (a larger single gradient is
+# processed whole). A step of int8 windows for BERT-tiny with 256 gradients takes
+# 0.48 s, with 2**16 elements 0.65 s, with 2**20 0.93 s.
 _BATCH_SIZE = 2**12
-# Numbers that are summed at once on the CPU. It divides the width of most layers.
+# Elements that are summed at once on the CPU. It divides the width of most layers.
 _PIECE = 128
 
 
@@ -32,7 +32,7 @@ def map_gradients(function: Callable[[Any], jax.Array], rows: Any) -> jax.Array:
 
     Args:
       function: ``rows -> products`` for any number of gradients.
-      rows: a tree of arrays whose leading axis counts gradients.
+      rows: A tree of arrays whose leading axis counts gradients.
     """
 
     def in_batches(rows):
@@ -44,7 +44,7 @@ def map_gradients(function: Callable[[Any], jax.Array], rows: Any) -> jax.Array:
 
 
 def inner_products(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Sums ``x * y`` over all axes but the first, to the digits of its dtype."""
+    """Sums ``x * y`` over all axes except the first, to the accuracy of its dtype."""
 
     def total(x, y):
         return jnp.sum(x * y, axis=tuple(range(1, x.ndim)))
@@ -58,8 +58,8 @@ def inner_products(x: jax.Array, y: jax.Array) -> jax.Array:
 def _sum_rows(x: jax.Array) -> jax.Array:
     """Sums the rows of a matrix in pieces, and these sums likewise, on the CPU.
 
-    There XLA sums a row in sequence: 4,096 numbers of one sign are wrong by 2e-6 on a
-    machine with AVX2. As a product with ones a piece is summed in lanes, and faster.
+    XLA sums a row in sequence there, which for 4,096 values of one sign has an error of
+    2e-6 (AVX2). A product with ones sums a piece in lanes, and faster.
     """
     num_rows, size = x.shape
     whole = size // _PIECE
@@ -82,8 +82,8 @@ def fold_gradients(
 
     Args:
       function: ``(sum, rows) -> sum``, which adds any number of gradients.
-      initial: the sum over no gradient.
-      rows: a tree of arrays whose leading axis counts gradients.
+      initial: The sum over no gradient.
+      rows: A tree of arrays whose leading axis counts gradients.
     """
 
     def in_batches(rows):
@@ -105,8 +105,8 @@ def _batches(rows: Any) -> tuple[int, Callable[[jax.Array], Any]]:
     size = math.gcd(num_grads, 2 ** (fitting.bit_length() - 1))
 
     def batch_at(i):
-        # Behind the barrier the window seems to change with every batch. Else XLA would
-        # widen all of a bfloat16 window ahead of the loop.
+        # The barrier makes the window look different in every batch. Without it XLA
+        # would widen all of a bfloat16 window ahead of the loop.
         window, i = lax.optimization_barrier((rows, i))
         return jax.tree.map(
             lambda leaf: lax.dynamic_slice_in_dim(leaf, i * size, size), window

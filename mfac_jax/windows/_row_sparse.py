@@ -1,4 +1,4 @@
-"""Row-sparse storage: of each gradient, the rows of a table that are not zero.
+"""Row-sparse storage of the gradients of a table.
 
 The mini-batch gradient of an embedding table is zero except in the rows of the tokens
 that occur in the batch.
@@ -19,27 +19,27 @@ from mfac_jax.windows._protocol import Encoded, Window
 
 @dataclasses.dataclass(frozen=True)
 class RowSparseWindow(Window):
-    """Stores the rows of a gradient that are not zero, with their indices.
+    """Stores the nonzero rows of a gradient with their indices.
 
     For leaves with a leading axis of rows, such as embedding tables. Exact while a
-    gradient has at most ``max_rows`` rows that are not zero. Of one with more, the
-    rows of largest norm are kept; that stored gradient is what is preconditioned, and
-    ``num_dropped`` of the state counts the rows that were left out.
+    gradient has at most ``max_rows`` nonzero rows. If it has more, the rows of largest
+    norm are kept, that stored gradient is what is preconditioned, and ``num_dropped``
+    of :func:`~mfac_jax.diagnostics` counts the rows left out.
 
-    The window takes ``num_grads × max_rows × (row size × itemsize + 2)`` bytes, for
+    The window takes ``num_grads × max_rows × (row size × itemsize + 2)`` bytes for
     tables of up to 65,536 rows. A leaf with fewer than two axes, or with at most
     ``max_rows`` rows, is stored densely.
 
-    The gradient has to be sparse when it reaches M-FAC: a table that is also the
-    output layer, or coupled weight decay, makes it dense.
+    The gradient must be sparse when it reaches M-FAC. It is dense if the table is also
+    the output layer, or with coupled weight decay.
 
     Args:
-      max_rows: rows kept of each gradient, static, at least 1.
-      dtype: that of the stored numbers, static; as :class:`~mfac_jax.DenseWindow`'s.
+      max_rows: Rows kept of each gradient (static), at least 1.
+      dtype: Storage dtype (static), as in :class:`~mfac_jax.DenseWindow`.
 
     Raises:
-      TypeError: if ``max_rows`` is not an integer.
-      ValueError: if ``max_rows`` is below 1, or for another ``dtype``.
+      TypeError: If ``max_rows`` is not an integer.
+      ValueError: If ``max_rows`` is below 1 or ``dtype`` is not a storage dtype.
 
     Examples:
       >>> import jax.numpy as jnp, mfac_jax

@@ -1,4 +1,4 @@
-"""Top-k storage with error feedback: the largest entries now, the rest later.
+"""Top-k storage with error feedback: what is left out is added to the next gradient.
 
 Ionut-Vlad Modoranu et al., "Error Feedback Can Accurately Compress Preconditioners",
 2023, https://arxiv.org/abs/2306.06098.
@@ -19,7 +19,7 @@ from mfac_jax.windows._protocol import Encoded, Window
 
 @dataclasses.dataclass(frozen=True)
 class TopKWindow(Window):
-    r"""Stores the largest entries of each gradient, and what was left out later.
+    r"""Stores the largest entries of each gradient and carries the rest over.
 
     A leaf is flattened and cut into blocks. With the error :math:`\xi_0 = 0`,
 
@@ -32,19 +32,19 @@ class TopKWindow(Window):
     magnitude of each block, rounded to ``dtype``. The window stores the sparse
     :math:`\hat g_t`, and that is what is preconditioned.
 
-    The window takes about ``num_grads × density × leaf.size × (itemsize + 2)`` bytes,
-    for blocks of up to 65,536 numbers, and the error one gradient in the dtype of the
-    leaf, but float32 at least.
+    The window takes about ``num_grads × density × leaf.size × (itemsize + 2)`` bytes
+    for blocks of up to 65,536 elements. The error takes one gradient in the dtype of
+    the leaf, float32 at least.
 
     Args:
-      density: share of the entries kept, static, above 0 and at most 1.
-      block_size: numbers in a block, static, at least 1. A leaf smaller than a block is
-        one block of its own size.
-      dtype: that of the stored numbers, static; as :class:`~mfac_jax.DenseWindow`'s.
+      density: Share of the entries kept (static), above 0 and at most 1.
+      block_size: Elements in a block (static), at least 1. A leaf smaller than a block
+        is one block of its own size.
+      dtype: Storage dtype (static), as in :class:`~mfac_jax.DenseWindow`.
 
     Raises:
-      TypeError: for a ``density`` or ``block_size`` of the wrong type.
-      ValueError: for a ``density``, ``block_size`` or ``dtype`` out of range.
+      TypeError: If ``density`` or ``block_size`` has the wrong type.
+      ValueError: If ``density``, ``block_size`` or ``dtype`` is out of range.
 
     Examples:
       >>> import jax.numpy as jnp, mfac_jax
@@ -85,7 +85,7 @@ class TopKWindow(Window):
         """Returns a window of ``num_grads`` zero gradients, and no error."""
         blocks = _storage.block_shape(math.prod(leaf.shape), self.block_size)
         num_blocks, block_size = blocks
-        # Not 8 of 100 for a density of 0.07, because 0.07 * 100 is a bit above 7.
+        # 0.07 * 100 is slightly above 7; without the tolerance it would keep 8 of 100.
         num_kept = max(1, math.ceil(self.density * block_size - 1e-6))
         shape = (num_grads, num_blocks, num_kept)
         indices = jnp.arange(num_kept, dtype=_storage.index_dtype(block_size))
@@ -104,7 +104,7 @@ class TopKGradients(NamedTuple):
         row.
       indices: their places in the blocks, sorted, in the narrowest unsigned integer
         type that holds them, same shape.
-      error: ``ξ``, what has not been stored yet, shape ``(num_blocks, block_size)``.
+      error: ``ξ``, what is not stored yet, shape ``(num_blocks, block_size)``.
     """
 
     values: jax.Array
@@ -161,7 +161,7 @@ class TopKGradients(NamedTuple):
     def _places(self, indices: jax.Array) -> jax.Array:
         """Returns indices into the flattened leaf.
 
-        The zeros that fill up the last block, which a row may hold too, are behind it.
+        Those of the zeros that pad the last block are beyond its end.
         """
         num_blocks, block_size = self.error.shape
         starts = block_size * jnp.arange(num_blocks, dtype=jnp.int32)
