@@ -133,15 +133,16 @@ def check_parameter(name: str, leaf: Any) -> None:
     Raises:
       TypeError: with the leaf's path and how to leave it out.
     """
-    is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
-    if not is_array and not isinstance(leaf, float):
+    if isinstance(leaf, float):
+        return
+    if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
         raise TypeError(
             "M-FAC needs real floating-point parameters, but "
             f"{named(name)} is {_described(leaf)}. Leave it out with optax.masked or "
             "optax.partition; of an Equinox model pass "
             "eqx.filter(model, eqx.is_inexact_array)."
         )
-    if is_array and not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
             "M-FAC needs real floating-point parameters, but "
             f"{named(name)} has dtype {leaf.dtype}. Leave it out with optax.masked or "

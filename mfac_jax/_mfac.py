@@ -128,12 +128,6 @@ def scale_by_mfac(
       Information <https://arxiv.org/abs/2107.03356>`_, 2021
     """
     num_grads = _checks.check_num_grads(num_grads, ("num_grads", "window"))
-    return _scale_by_mfac(num_grads, damp, window)
-
-
-def _scale_by_mfac(
-    num_grads: int, damp: optax.ScalarOrSchedule, window: Window | WindowFn | None
-) -> optax.GradientTransformationExtraArgs:
     damp = _checks.check_damp(damp)
     check_window(window)
 
@@ -354,7 +348,7 @@ def mfac(
     has_momentum = isinstance(momentum, jax.Array) or momentum != 0
     chain = optax.chain(
         add_decay(weight_decay, mask),
-        _scale_by_mfac(num_grads, damp, window),
+        scale_by_mfac(num_grads, damp, window=window),
         average_steps(momentum) if has_momentum else optax.identity(),
         keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )

@@ -125,7 +125,7 @@ def test_metadata_of_linen_stays_with_the_parameters():
         state = jax.jit(init, out_shardings=shardings)()
         window = state.opt_state[1].window["params/Dense_0/kernel"].values
         assert window.shape == (6, 8, 8)
-        gradient = jax.grad(lambda params: jnp.mean(Boxed().apply(params, x) ** 2))
+        gradient = jax.grad(lambda p: jnp.mean(jnp.square(Boxed().apply(p, x))))
         before = jax.tree.leaves(state.params)[0]
         state = state.apply_gradients(grads=gradient(state.params))
     assert not np.array_equal(before, jax.tree.leaves(state.params)[0])
