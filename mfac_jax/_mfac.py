@@ -240,7 +240,7 @@ def mfac(
     learning_rate: optax.ScalarOrSchedule,
     num_grads: int = 1024,
     damp: optax.ScalarOrSchedule = 1e-6,
-    momentum: optax.ScalarOrSchedule = 0.0,
+    momentum: optax.ScalarOrSchedule | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
     mask: Any | Callable[[optax.Params], Any] | None = None,
@@ -281,7 +281,8 @@ def mfac(
       damp: Damping ``λ > 0``: a number, a traced scalar or a schedule.
       momentum: Rate ``0 <= β < 1`` of the moving average of the preconditioned steps,
         without bias correction: a number, a traced scalar or a schedule. The average
-        takes a float32 copy of the parameters, except for a Python or NumPy 0.
+        takes the memory of the parameters in float32, unless it is ``None`` or the
+        number 0. (A JAX array that is 0 may be injected, and change later.)
       weight_decay: ``w >= 0``: a number, a traced scalar or a schedule. Unless it is
         the number 0, ``update`` needs the parameters.
       mask: Which leaves decay (static): a tree of booleans with the structure of the
@@ -336,7 +337,10 @@ def mfac(
     learning_rate = _checks.check_learning_rate(learning_rate)
     num_grads = _checks.check_num_grads(num_grads, ("num_grads", "mask", "window"))
     momentum = _checks.check_scalar(
-        "momentum", momentum, "must be in [0, 1)", lambda x: 0 <= x < 1
+        "momentum",
+        0.0 if momentum is None else momentum,
+        "must be in [0, 1)",
+        lambda x: 0 <= x < 1,
     )
     weight_decay = _checks.check_scalar(
         "weight_decay",
@@ -344,7 +348,6 @@ def mfac(
         "must be finite and at least 0",
         lambda x: 0 <= x < math.inf,
     )
-    # A JAX array may be injected, to change later: only a Python 0 stays 0.
     has_momentum = isinstance(momentum, jax.Array) or momentum != 0
     chain = optax.chain(
         add_decay(weight_decay, mask),

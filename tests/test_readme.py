@@ -12,6 +12,6 @@ def test_every_python_block_runs_and_the_loop_learns():
     names = {}
     for block in blocks:
         exec(block, names)
-        params = {"w": names["jnp"].ones(3)}
-        names["optimizer"].init(params)
+        ones = names["jnp"].ones
+        names["optimizer"].init({"embedding": ones((900, 2)), "w": ones(3)})
     assert names["loss"] < 1e-3
