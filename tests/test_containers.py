@@ -29,7 +29,6 @@ KINDS = {
     "bf16": mfac_jax.DenseWindow(jnp.bfloat16),
     "int8": mfac_jax.Int8Window(),
     "compact": mfac_jax.compact_windows(3),
-    "compact_bf16": mfac_jax.compact_windows(3, jnp.bfloat16),
     "topk": mfac_jax.TopKWindow(0.5),
     "float8": Float8Window(),
 }
@@ -144,19 +143,17 @@ def is_extra(path):
     return jax.tree_util.keystr(path).find("extra") >= 0
 
 
-def nnx_partition(kind):
-    def labels(params):
-        return jax.tree.map_with_path(lambda p, _: "ab"[is_extra(p)], params)
-
-    opt = optax.partition({"a": mfac(kind), "b": optax.sgd(0.1)}, labels)
-    return run_nnx(opt, jit=True, extra=True)
-
-
-def nnx_masked(kind):
+def nnx_partition_of_masked(kind):
     def mask(params):
-        return jax.tree.map_with_path(lambda p, _: not is_extra(p), params)
+        return jax.tree.map_with_path(lambda path, _: not is_extra(path), params)
 
-    return run_nnx(optax.masked(mfac(kind), mask), jit=True, extra=True)
+    def labels(params):
+        return jax.tree.map(lambda is_ours: "ba"[is_ours], mask(params))
+
+    ours = optax.masked(mfac(kind), mask)
+    return run_nnx(
+        optax.partition({"a": ours, "b": optax.sgd(0.1)}, labels), jit=True, extra=True
+    )
 
 
 def train_state(kind):
@@ -226,8 +223,7 @@ CONTAINERS = {
     "nnx eager": lambda kind: run_nnx(mfac(kind), jit=False),
     "nnx jit": lambda kind: run_nnx(mfac(kind), jit=True),
     "nnx split": nnx_split_and_merge,
-    "nnx partition": nnx_partition,
-    "nnx masked": nnx_masked,
+    "nnx partition, masked": nnx_partition_of_masked,
     "TrainState": train_state,
     "equinox": equinox,
     "inject_hyperparams": inject_hyperparams,
