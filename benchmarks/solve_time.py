@@ -1,9 +1,9 @@
-"""Time of the solve: from the inverse of the step before, and by factorisation.
+"""Time of the solve: from the inverse of the step before, and by factorization.
 
     python benchmarks/solve_time.py
 
-`follows` is what a step costs as a rule; `made anew` is one whose inverse had to be
-factorised and inverted again; `factorised` is the factorisation and the refined
+`updated` is what a step usually costs; `computed again` is one whose matrix has to be
+factorized and inverted from scratch; `factorized` is the factorization and the refined
 solution alone, which is what a step would cost without keeping an inverse.
 """
 
@@ -30,12 +30,12 @@ def measure(num_grads: int, repeats: int) -> dict[str, float]:
     gram, inverse = jnp.asarray(gram, jnp.float32), jnp.asarray(exact, jnp.float32)
     index, damp = jnp.int32(3), jnp.float32(DAMP)
     solve, unit = jax.jit(_solve.solve_for_row), jax.nn.one_hot(index, num_grads)
-    factorised = jax.jit(_solve.damped_solve)
+    factorized = jax.jit(_solve.damped_solve)
     useless = jnp.zeros_like(inverse)
     calls = {
-        "follows_ms": lambda: solve(gram, inverse, index, damp),
-        "made_anew_ms": lambda: solve(gram, useless, index, damp),
-        "factorised_ms": lambda: factorised(gram, damp, unit),
+        "updated_ms": lambda: solve(gram, inverse, index, damp),
+        "computed_again_ms": lambda: solve(gram, useless, index, damp),
+        "factorized_ms": lambda: factorized(gram, damp, unit),
     }
     return {name: 1e3 * best_time(call, repeats) for name, call in calls.items()}
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
-    print("| num_grads | follows | made anew | factorised |")
+    print("| num_grads | updated | computed again | factorized |")
     print("| ---: " * 4 + "|")
     results = {}
     for num_grads in (256, 1024, 2048):
