@@ -109,7 +109,9 @@ def reads_of_window(program: dict[str, list[Instruction]]) -> float:
     """Returns the bytes read of the window, in units of its bytes."""
     total = read = 0
     for step in program["ENTRY"]:
-        if step.operation == "parameter" and 'op_name="state.window' in step.rest:
+        is_window = 'op_name="state.window' in step.rest
+        # Counters have no shape.
+        if step.operation == "parameter" and is_window and step.shape:
             size = math.prod(map(int, step.shape.split(",")))
             total += size * ITEM_BITS[step.dtype]
             reads = num_reads(program, "ENTRY", step.name)
