@@ -336,7 +336,7 @@ def mfac(
     """
     learning_rate = _checks.check_learning_rate(learning_rate)
     num_grads = _checks.check_num_grads(num_grads, ("num_grads", "mask", "window"))
-    momentum = _checks.check_scalar(
+    beta = _checks.check_scalar(
         "momentum",
         0.0 if momentum is None else momentum,
         "must be in [0, 1)",
@@ -348,11 +348,11 @@ def mfac(
         "must be finite and at least 0",
         lambda x: 0 <= x < math.inf,
     )
-    has_momentum = isinstance(momentum, jax.Array) or momentum != 0
+    has_momentum = isinstance(beta, jax.Array) or beta != 0
     chain = optax.chain(
         add_decay(weight_decay, mask),
         scale_by_mfac(num_grads, damp, window=window),
-        average_steps(momentum) if has_momentum else optax.identity(),
+        average_steps(beta) if has_momentum else optax.identity(),
         keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )
 
