@@ -23,16 +23,21 @@ def number_of(value: Any) -> float | None:
     return float(value)
 
 
-def check_scalar(
-    name: str, value: Any, requirement: str, holds: Callable[[float], bool]
+def check_number(
+    name: str,
+    value: Any,
+    requirement: str,
+    holds: Callable[[float], bool],
+    kind: str = "a number",
 ) -> Any:
-    """Validates a hyper-parameter that may be a number, a schedule or traced.
+    """Validates a concrete scalar of any library.
 
     Args:
-      name: of the argument, for the message.
-      value: what the user passed.
-      requirement: of a concrete number, for the message.
-      holds: whether a concrete number fulfills it.
+      name: The argument, for the message.
+      value: What the user passed. A traced scalar passes unchecked.
+      requirement: What a number must be, for the message.
+      holds: Whether a number is so.
+      kind: What may be passed, for the message.
 
     Returns:
       The value. Scalars of NumPy and other libraries become Python floats, which leave
@@ -40,16 +45,12 @@ def check_scalar(
       place (``optax.inject_hyperparams``).
 
     Raises:
-      TypeError: for anything but a scalar or a callable.
-      ValueError: for a concrete number that does not fulfill the requirement.
+      TypeError: If ``value`` is not a scalar.
+      ValueError: If it does not fulfill the requirement.
     """
-    if callable(value):
-        return value
-    is_number = hasattr(value, "__float__") and not isinstance(value, bool | np.bool_)
-    if not is_number or np.ndim(value) > 0:
-        raise TypeError(
-            f"{name} must be a number or a schedule, got {_described(value)}."
-        )
+    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_
+    if is_bool or not hasattr(value, "__float__") or np.ndim(value) > 0:
+        raise TypeError(f"{name} must be {kind}, got {_described(value)}.")
     number = number_of(value)
     if number is None:
         return value
@@ -58,9 +59,20 @@ def check_scalar(
     return value if isinstance(value, jax.Array) else number
 
 
+def check_scalar(
+    name: str, value: Any, requirement: str, holds: Callable[[float], bool]
+) -> Any:
+    """Validates a hyper-parameter that may also be a schedule; see `check_number`."""
+    if callable(value):
+        return value
+    return check_number(name, value, requirement, holds, "a number or a schedule")
+
+
 def check_learning_rate(value: Any) -> Any:
     """Validates a learning rate; see :func:`check_scalar`."""
-    if value is None or isinstance(value, dict | list | tuple):
+    # A model or its parameters, a habit from PyTorch. Some models can be called.
+    holds_arrays = any(np.ndim(leaf) > 0 for leaf in jax.tree.leaves(value))
+    if value is None or holds_arrays:
         raise TypeError(
             f"learning_rate must be a number or a schedule, got {_described(value)}. "
             "Parameters are passed to init: mfac(learning_rate).init(params)."
@@ -158,8 +170,8 @@ def named(path: str) -> str:
 def _described(value: Any) -> str:
     if isinstance(value, str | int | float | complex | None):
         return repr(value)
-    shape = getattr(value, "shape", None)
-    if shape is not None:
+    shape = getattr(value, "shape", ())
+    if shape:
         return f"an array of shape {tuple(shape)}"
     text = repr(value)
     return f"a {type(value).__name__}" + (f", {text}" if len(text) <= 60 else "")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax import _checks, _solve
-from mfac_jax._state import find_states, match_windows
+from mfac_jax._state import check_not_emptied, find_states, match_windows
 
 
 def inverse_fisher_vector_product(
@@ -35,7 +35,8 @@ def inverse_fisher_vector_product(
       ``F⁻¹ x``, with the structure, shapes and dtypes of ``vector``.
 
     Raises:
-      TypeError: If the paths of ``vector`` are not those of the parameters.
+      TypeError: If the paths of ``vector`` are not those of the parameters, or a leaf
+        is not real and floating-point.
       ValueError: If ``damp`` is a number and not positive and finite, if ``state`` does
         not contain exactly one state of M-FAC, or if a shape of ``vector`` is not the
         parameter's.
@@ -61,6 +62,7 @@ def inverse_fisher_vector_product(
             f"mfac_jax.scale_by_mfac, found {len(states)}."
         )
     [state] = states
+    check_not_emptied(state)
     dtype = state.gram.dtype
     treedef = jax.tree.structure(vector)
     leaves = match_windows(vector, state.window)

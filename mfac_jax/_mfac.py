@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from mfac_jax import _checks, _solve
-from mfac_jax._state import ScaleByMFACState, check_state, match_windows
+from mfac_jax._state import ScaleByMFACState, check_kind, check_state, match_windows
 from mfac_jax._transforms import add_decay, average_steps, keep_dtypes, value_at
 from mfac_jax.windows import Window, WindowFn
 from mfac_jax.windows._choice import (
@@ -93,7 +93,8 @@ def scale_by_mfac(
         string, such as ``'encoder/dense/kernel'``, ``leaf`` the parameter or its
         :class:`jax.ShapeDtypeStruct`. ``None`` is ``DenseWindow()``, the one kind for
         parameters that are sharded over explicit mesh axes. Own kinds implement
-        :class:`mfac_jax.windows.Window`.
+        :class:`mfac_jax.windows.Window`. ``optax.inject_hyperparams`` calls a function
+        as a schedule unless ``'window'`` is in its ``static_args``.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`. Updates have the dtypes of the
@@ -137,6 +138,7 @@ def scale_by_mfac(
         for path, spec in choose_windows(window, leaves).items():
             check_supported(leaves[path], path, spec)
             windows[path] = spec.init(leaves[path], num_grads)
+            check_kind(path, windows[path])
         is_wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(windows))
         dtype = jnp.float64 if is_wide else jnp.float32
         initial_damp = value_at(damp, jnp.zeros((), jnp.int32), dtype)

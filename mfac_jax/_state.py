@@ -131,7 +131,7 @@ def window_nbytes(opt_state: Any) -> int:
     """
     return sum(
         _nbytes(stored)
-        for state in _some_states(opt_state)
+        for state in _some_states(opt_state).values()
         for stored in state.window.values()
     )
 
@@ -157,15 +157,16 @@ def window_table(opt_state: Any) -> str:
       bias       values float32[32,8]                               1,024
       embedding  values float32[32,100,8] indices uint16[32,100]  108,800
     """
+    states = _some_states(opt_state)
     rows = [("path", "stored", "bytes")]
-    for state in _some_states(opt_state):
+    for state_path, state in states.items():
+        prefix = f"{state_path}: " if len(states) > 1 else ""
         for path, stored in state.window.items():
             arrays = " ".join(
                 f"{name} {x.dtype}[{','.join(map(str, x.shape))}]"
-                for name, x in fields_of(stored).items()
-                if not _is_counter(name)
+                for name, x in _arrays_of(stored).items()
             )
-            rows.append((path or ".", arrays, f"{_nbytes(stored):,}"))
+            rows.append((prefix + (path or "."), arrays, f"{_nbytes(stored):,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         f"{path:{widths[0]}}  {stored:{widths[1]}}  {nbytes:>{widths[2]}}"
@@ -177,13 +178,17 @@ def drop_windows(opt_state: Any) -> Any:
     """Empties the windows of an optimizer state, for a small checkpoint.
 
     Args:
-      opt_state: A tree that contains optimizer states, such as a training state, or its
-        shapes. States of other optimizers stay as they are.
+      opt_state: A tree that contains optimizer states, such as a training state or
+        ``optimizer.opt_state`` of an ``nnx.Optimizer``, or its shapes. States of other
+        optimizers stay as they are.
 
     Returns:
       The tree with ``None`` in place of every stored gradient, Gram matrix and inverse.
       Counters, damping and momentum are kept. :func:`refill_windows` makes it usable
       again.
+
+    Raises:
+      TypeError: For ``nnx.state(optimizer)``, which has lost the class of the state.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -198,8 +203,9 @@ def drop_windows(opt_state: Any) -> Any:
     """
 
     def drop(node: Any) -> Any:
-        if not isinstance(node, ScaleByMFACState):
+        if not _is_state(node):
             return node
+        _check_class(node)
         window = map_windows(
             lambda stored: stored._replace(
                 **{name: None for name in stored._fields if not _is_counter(name)}
@@ -217,22 +223,45 @@ def refill_windows(opt_state: Any, like: Any) -> Any:
     Args:
       opt_state: What :func:`drop_windows` returned, saved and restored.
       like: The initial state of the same optimizer, ``opt.init(params)``, or the tree
-        around it.
+        around it; for ``flax.nnx`` ``nnx.Optimizer(model, opt, wrt=nnx.Param)
+        .opt_state``.
 
     Returns:
       ``opt_state`` with the windows, Gram matrices and inverses of ``like``: the window
       fills again, as at the start of training.
+
+    Raises:
+      TypeError: For ``nnx.state(optimizer)``, which has lost the class of the state.
+      ValueError: If ``like`` has no window or other parameters.
 
     Examples:
       See :func:`drop_windows`.
     """
 
     def refill(node: Any, empty: Any) -> Any:
-        if not isinstance(node, ScaleByMFACState):
+        if not _is_state(node):
             return node
+        _check_class(node)
+        if not _is_state(empty) or empty.gram is None:
+            raise ValueError(
+                "`like` must hold a state with a window where `opt_state` holds one: "
+                "refill_windows(opt_state, opt.init(params))."
+            )
+        if map_windows(lambda _: 0, node.window) != map_windows(
+            lambda _: 0, empty.window
+        ):
+            raise ValueError(
+                "`like` is the state of other parameters: it has windows for "
+                f"{sorted(empty.window)}, `opt_state` for {sorted(node.window)}."
+            )
         window = map_windows(
+            # Of another kind of window only the counters that both have are kept.
             lambda stored, counted: stored._replace(
-                **{k: v for k, v in counted._asdict().items() if _is_counter(k)}
+                **{
+                    name: value
+                    for name, value in counted._asdict().items()
+                    if _is_counter(name) and name in stored._fields
+                }
             ),
             empty.window,
             node.window,
@@ -269,7 +298,7 @@ def match_windows(tree: Any, window: Any) -> dict[str, jax.Array]:
     """Returns the leaves of a gradient by their paths.
 
     Raises:
-      TypeError: If the paths are not those of the windows.
+      TypeError: If the paths are not those of the windows, or a leaf is not real.
       ValueError: If a leaf cannot be a gradient of its window's leaf.
     """
     leaves = named_leaves(tree)
@@ -282,6 +311,11 @@ def match_windows(tree: Any, window: Any) -> dict[str, jax.Array]:
             f"unknown {sorted(unknown) or 'nothing'}."
         )
     for path, leaf in leaves.items():
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"the gradient of {_checks.named(path)} must be real and "
+                f"floating-point, got dtype {jnp.result_type(leaf)}."
+            )
         if isinstance(windows[path], Mapping):
             raise TypeError(
                 f"the window of {_checks.named(path)} has lost its class in "
@@ -297,13 +331,18 @@ def match_windows(tree: Any, window: Any) -> dict[str, jax.Array]:
     return {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
 
 
-def check_state(state: ScaleByMFACState, num_grads: int) -> None:
-    """Raises unless a state has a window of ``num_grads`` gradients."""
+def check_not_emptied(state: ScaleByMFACState) -> None:
+    """Raises if :func:`drop_windows` has emptied a state."""
     if state.gram is None:
         raise ValueError(
             "the state has no window: mfac_jax.drop_windows emptied it. Refill it with "
             "mfac_jax.refill_windows(opt_state, opt.init(params))."
         )
+
+
+def check_state(state: ScaleByMFACState, num_grads: int) -> None:
+    """Raises unless a state has a window of ``num_grads`` gradients."""
+    check_not_emptied(state)
     if len(state.gram) != num_grads:
         raise ValueError(
             f"the window of the state holds {len(state.gram)} gradients, but num_grads "
@@ -312,13 +351,42 @@ def check_state(state: ScaleByMFACState, num_grads: int) -> None:
         )
 
 
+def check_kind(path: str, stored: Any) -> None:
+    """Raises unless the gradients of a leaf can be told from those of other kinds.
+
+    Raises:
+      TypeError: If it is not a named tuple, or has the fields of a kind of this
+        package.
+    """
+    name, fields = type(stored).__name__, getattr(stored, "_fields", None)
+    if fields is None:
+        raise TypeError(
+            f"the window of {_checks.named(path)} must be a NamedTuple of arrays, got "
+            f"{name}."
+        )
+    kind = _KINDS.get(frozenset(fields), type(stored))
+    if kind is not type(stored):
+        raise TypeError(
+            f"{name} has the fields of mfac_jax.windows.{kind.__name__}, "
+            f"{', '.join(fields)}, by which nnx.state(optimizer) is read. Rename one."
+        )
+
+
+def _check_class(node: Any) -> None:
+    if not isinstance(node, ScaleByMFACState):
+        raise TypeError(
+            "the state has lost its class in nnx.state(optimizer); pass "
+            "optimizer.opt_state."
+        )
+
+
 def fields_of(stored: Any) -> Mapping[str, Any]:
     """Returns the arrays of a leaf's window by name."""
     return stored if isinstance(stored, Mapping) else stored._asdict()
 
 
-def _some_states(tree: Any) -> list[ScaleByMFACState]:
-    states = list(find_states(tree).values())
+def _some_states(tree: Any) -> dict[str, ScaleByMFACState]:
+    states = find_states(tree)
     if not states:
         raise ValueError("there is no state of mfac_jax.scale_by_mfac in this tree.")
     return states
@@ -326,7 +394,8 @@ def _some_states(tree: Any) -> list[ScaleByMFACState]:
 
 def _is_state(node: Any) -> bool:
     if isinstance(node, Mapping):
-        return set(node) == set(ScaleByMFACState._fields)
+        fields = set(ScaleByMFACState._fields)
+        return set(node) == fields and isinstance(node["window"], Mapping)
     return isinstance(node, ScaleByMFACState)
 
 
@@ -369,8 +438,13 @@ def _is_counter(name: str) -> bool:
 
 
 def _nbytes(stored: Any) -> int:
-    return sum(
-        x.size * x.dtype.itemsize
+    return sum(x.size * x.dtype.itemsize for x in _arrays_of(stored).values())
+
+
+def _arrays_of(stored: Any) -> dict[str, Any]:
+    """Returns what is stored of the gradients; an emptied window has nothing."""
+    return {
+        name: x
         for name, x in fields_of(stored).items()
         if not _is_counter(name) and x is not None
-    )
+    }

@@ -513,6 +513,12 @@ def test_donated_update_is_in_place_and_compiles_once():
         ({"learning_rate": None}, TypeError, "learning_rate must be .* got None"),
         ({"learning_rate": PARAMS}, TypeError, r"learning_rate .* a dict.*\.init"),
         ({"learning_rate": jnp.ones(3)}, TypeError, r"learning_rate .* shape \(3,\)"),
+        (
+            {"learning_rate": eqx.nn.Linear(2, 1, key=jax.random.key(0))},
+            TypeError,
+            r"learning_rate .* a Linear.*\.init\(params\)",
+        ),
+        ({"learning_rate": jnp.array(True)}, TypeError, "learning_rate .* got"),
         ({"learning_rate": True}, TypeError, "learning_rate must be .* got True"),
         ({"learning_rate": math.inf}, ValueError, "learning_rate .* finite, got inf"),
         ({"damp": None}, TypeError, "damp must be a number .* got None"),

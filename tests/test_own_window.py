@@ -1,5 +1,7 @@
 """A kind of window from outside the package, against float64 NumPy."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,3 +62,25 @@ def test_it_says_what_it_cannot_store():
     params["bias"] = jnp.ones((2, 1))
     with pytest.raises(ValueError, match=r"^kernel decays by 0\.5$"):
         opt.init(params)
+
+
+def test_fields_of_another_kind_are_rejected():
+    """In nnx.state the window would be read as that kind."""
+
+    class Halved(NamedTuple):
+        values: jax.Array
+
+    class HalvedWindow(Float8Window):
+        def init(self, leaf, num_grads):
+            return Halved(jnp.zeros((num_grads, *leaf.shape)))
+
+    class ArrayWindow(Float8Window):
+        def init(self, leaf, num_grads):
+            return jnp.zeros((num_grads, *leaf.shape))
+
+    for window, message in [
+        (HalvedWindow(), r"Halved has the fields of .*\.DenseGradients, values"),
+        (ArrayWindow(), r"window of w must be a NamedTuple of arrays"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            mfac_jax.scale_by_mfac(2, window=window).init({"w": jnp.ones(3)})

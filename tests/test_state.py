@@ -159,9 +159,51 @@ def test_an_emptied_and_refilled_state_starts_with_an_empty_window():
     chex.assert_trees_all_close(direction, expected, rtol=1e-5)
 
 
-def test_a_state_without_a_window_is_not_updated():
+def test_a_state_without_a_window_says_how_to_refill_it():
+    dropped = mfac_jax.drop_windows(OPT.init(PARAMS))
     with pytest.raises(ValueError, match="refill_windows"):
-        OPT.update(PARAMS, mfac_jax.drop_windows(OPT.init(PARAMS)), PARAMS)
+        OPT.update(PARAMS, dropped, PARAMS)
+    with pytest.raises(ValueError, match="refill_windows"):
+        mfac_jax.inverse_fisher_vector_product(dropped, PARAMS, 1.0)
+    assert mfac_jax.window_nbytes(dropped) == 0
+    assert mfac_jax.window_table(dropped).count("\n") == 4
+
+
+def test_a_window_is_refilled_from_a_state_that_fits():
+    opt = mfac_jax.scale_by_mfac(4, window=of_its_kind)
+    dropped = mfac_jax.drop_windows(opt.init(PARAMS))
+    for like, message in [
+        (dropped, "`like` must hold a state with a window"),
+        (opt.init({"dense": jnp.ones((9, 4))}), r"other parameters: .* \['dense'\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            mfac_jax.refill_windows(dropped, like)
+    # Another kind of window.
+    dense = mfac_jax.scale_by_mfac(4)
+    state = mfac_jax.refill_windows(dropped, dense.init(PARAMS))
+    assert "num_dropped" not in mfac_jax.diagnostics(state)
+
+
+def test_an_nnx_optimizer_is_emptied_and_refilled():
+    model, optimizer, _ = nnx_optimizer(of_its_kind)
+    with pytest.raises(TypeError, match=r"pass optimizer\.opt_state"):
+        mfac_jax.drop_windows(nnx.state(optimizer))
+    fresh = nnx.Optimizer(model, optimizer.tx, wrt=nnx.Param)
+    dropped = mfac_jax.drop_windows(optimizer.opt_state)
+    assert mfac_jax.window_nbytes(dropped) == 0
+    optimizer.opt_state = mfac_jax.refill_windows(dropped, fresh.opt_state)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    assert mfac_jax.diagnostics(optimizer.opt_state)["num_stored"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_vectors_and_gradients_are_real_and_floating_point(dtype):
+    state = OPT.init(PARAMS)
+    vector = {**PARAMS, "int8": jnp.ones((9, 4), dtype)}
+    with pytest.raises(TypeError, match=f"int8 must be real .* got dtype {dtype}"):
+        OPT.update(vector, state, PARAMS)
+    with pytest.raises(TypeError, match=f"int8 must be real .* got dtype {dtype}"):
+        mfac_jax.inverse_fisher_vector_product(state, vector, 1.0)
 
 
 def test_other_optimizers_are_left_alone():

@@ -537,6 +537,13 @@ def test_compact_windows_without_a_table_warns():
     )
 
 
+def test_every_pattern_of_compact_windows_has_to_match():
+    params = {"embedding": jnp.ones((9, 2)), "table": jnp.ones((9, 2))}
+    window = mfac_jax.compact_windows({"embedding$": 3, "tabel$": 3})
+    with pytest.warns(UserWarning, match=r"no path matches 'tabel\$'"):
+        mfac_jax.mfac(0.1, 2, window=window).init(params)
+
+
 def test_compact_windows_finds_tables_by_their_path():
     leaf = jax.ShapeDtypeStruct((10, 2), jnp.float32)
     window = mfac_jax.compact_windows(5, BF16)

@@ -29,6 +29,9 @@ _MASKS = ("mask", "weight_decay_mask")
 _DECAYS = ("weight_decay", "weight_decay_rate")
 
 
+_WORD_TABLE = "word_embeddings"
+
+
 class Optimizer(NamedTuple):
     """An optimizer ready for the train step.
 
@@ -48,6 +51,8 @@ class Optimizer(NamedTuple):
 def _mfac(
     schedule: _Schedules, hyperparams: Mapping[str, Any], max_rows: Mapping[str, int]
 ):
+    if hyperparams["word_lr"] is not None:
+        max_rows = {k: v for k, v in max_rows.items() if k != _WORD_TABLE}
     windows = {
         "dense": mfac_jax.DenseWindow(),
         "bf16": mfac_jax.DenseWindow(jnp.bfloat16),
@@ -97,7 +102,7 @@ def _words_apart(
 def _is_word_table(params: Any) -> Any:
     """Marks the word table, of which M-FAC hardly moves the rows of rare words."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(p.key == "word_embeddings" for p in path), params
+        lambda path, _: any(p.key == _WORD_TABLE for p in path), params
     )
 
 

@@ -106,8 +106,8 @@ def compact_windows(
     Pass the result as ``window`` of :func:`~mfac_jax.mfac`. It is exact while no
     mini-batch contains more than ``max_rows`` different tokens: ``batch size × sequence
     length`` is a safe bound, the largest number of different tokens in a batch a tight
-    one. Warns if no path matches; :func:`~mfac_jax.window_table` shows which leaf got
-    which window.
+    one. Warns of a pattern that no path matches; :func:`~mfac_jax.window_table` shows
+    which leaf got which window.
 
     Args:
       max_rows: Rows kept of a gradient (static): one number for all leaves whose last
@@ -164,13 +164,12 @@ class _CompactWindows:
         return next((w for p, w in self.tables if p.search(path)), self.others)
 
     def warn_if_unmatched(self, paths: list[str]) -> None:
-        if any(p.search(path) for p, _ in self.tables for path in paths):
-            return
-        patterns = ", ".join(repr(p.pattern) for p, _ in self.tables)
         shown = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
-        warnings.warn(
-            f"compact_windows found no embedding table: no path matches {patterns} "
-            f"({shown}). All gradients are stored densely; pass a mapping from a "
-            "pattern that matches to the number of rows.",
-            stacklevel=2,
-        )
+        for pattern, _ in self.tables:
+            if not any(pattern.search(path) for path in paths):
+                warnings.warn(
+                    f"compact_windows: no path matches {pattern.pattern!r} ({shown}); "
+                    "its table is stored densely. Pass a mapping from a pattern that "
+                    "matches to the number of rows.",
+                    stacklevel=2,
+                )

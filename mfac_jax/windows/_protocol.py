@@ -28,9 +28,12 @@ class StoredGradients(Protocol[_Row]):
     """The last ``m`` gradients of a leaf: the rows of ``G``, restricted to the leaf.
 
     Implement it as a :class:`typing.NamedTuple` of arrays, so that the state can be
-    jitted, donated, saved and restored anywhere. Arrays that hold gradients have a
-    leading axis of length ``m``. A scalar int32 field whose name begins with ``num_``
-    is a counter: :func:`mfac_jax.diagnostics` reports its sum over the leaves, and
+    jitted, donated, saved and restored anywhere. Its field names must differ from those
+    of the kinds of this package, by which ``nnx.state`` is read.
+
+    Arrays that hold gradients have a leading axis of length ``m``. A scalar int32 field
+    whose name begins with ``num_`` is a counter: :func:`mfac_jax.diagnostics` reports
+    its sum over the leaves, and
     :func:`mfac_jax.drop_windows` keeps it.
 
     ``dtype`` is the dtype of the Gram matrix, float32 or float64, in which all sums are

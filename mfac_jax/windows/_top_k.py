@@ -65,14 +65,12 @@ class TopKWindow(Window):
     dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self):
-        if isinstance(self.density, bool) or not hasattr(self.density, "__float__"):
-            raise TypeError(
-                f"TopKWindow density must be a number, got {self.density!r}."
-            )
-        if not 0 < self.density <= 1:
-            raise ValueError(
-                f"TopKWindow density must be above 0 and at most 1, got {self.density}."
-            )
+        _checks.check_number(
+            "TopKWindow density",
+            self.density,
+            "must be above 0 and at most 1",
+            lambda x: 0 < x <= 1,
+        )
         _checks.check_integer("TopKWindow block_size", self.block_size, 1)
         _checks.check_dtype("TopKWindow", self.dtype)
 
