@@ -1,16 +1,11 @@
 """M-FAC, a matrix-free second-order optimizer, for Optax."""
 
 from mfac_jax import windows
+from mfac_jax._checkpoints import drop_windows, refill_windows
+from mfac_jax._diagnostics import diagnostics, window_nbytes, window_table
 from mfac_jax._inverse_product import inverse_fisher_vector_product
 from mfac_jax._mfac import mfac, scale_by_mfac
-from mfac_jax._state import (
-    ScaleByMFACState,
-    diagnostics,
-    drop_windows,
-    refill_windows,
-    window_nbytes,
-    window_table,
-)
+from mfac_jax._state import ScaleByMFACState
 from mfac_jax.windows import (
     DenseWindow,
     Int8Window,

@@ -10,6 +10,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+# What a damping must be, for check_number.
+POSITIVE = (
+    "must be positive and finite: at 0 the Fisher is singular",
+    lambda x: 0 < x < math.inf,
+)
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -36,7 +41,7 @@ def check_number(
       name: The argument, for the message.
       value: What the user passed. A traced scalar passes unchecked.
       requirement: What a number must be, for the message.
-      holds: Whether a number is so.
+      holds: Returns whether a number meets the requirement.
       kind: What may be passed, for the message.
 
     Returns:
@@ -48,14 +53,18 @@ def check_number(
       TypeError: If ``value`` is not a scalar.
       ValueError: If it does not fulfill the requirement.
     """
-    is_bool = isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_
-    if is_bool or not hasattr(value, "__float__") or np.ndim(value) > 0:
+    is_number = hasattr(value, "__float__") and not isinstance(value, bool)
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        kinds = jnp.floating, jnp.integer
+        is_number = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    if not is_number or np.ndim(value) > 0:
         raise TypeError(f"{name} must be {kind}, got {_described(value)}.")
     number = number_of(value)
     if number is None:
         return value
     if not holds(number):
-        raise ValueError(f"{name} {requirement}, got {number}{_dtype_hint(value)}.")
+        shown = float(f"{number:.6g}")  # Without the digits that float32 adds.
+        raise ValueError(f"{name} {requirement}, got {shown}{_dtype_hint(value)}.")
     return value if isinstance(value, jax.Array) else number
 
 
@@ -72,7 +81,7 @@ def check_learning_rate(value: Any) -> Any:
     """Validates a learning rate; see :func:`check_scalar`."""
     # A model or its parameters, a habit from PyTorch. Some models can be called.
     holds_arrays = any(np.ndim(leaf) > 0 for leaf in jax.tree.leaves(value))
-    if value is None or holds_arrays:
+    if value is None or (holds_arrays and not _is_schedule(value)):
         raise TypeError(
             f"learning_rate must be a number or a schedule, got {_described(value)}. "
             "Parameters are passed to init: mfac(learning_rate).init(params)."
@@ -80,14 +89,17 @@ def check_learning_rate(value: Any) -> Any:
     return check_scalar("learning_rate", value, "must be finite", math.isfinite)
 
 
+def _is_schedule(value: Any) -> bool:
+    try:
+        rate = jax.eval_shape(value, jax.ShapeDtypeStruct((), jnp.int32))
+    except Exception:  # Whatever a model raises that is called with a count.
+        return False
+    return getattr(rate, "shape", None) == ()
+
+
 def check_damp(value: Any) -> Any:
     """Validates a damping; see :func:`check_scalar`."""
-    return check_scalar(
-        "damp",
-        value,
-        "must be positive and finite: at 0 the Fisher is singular",
-        lambda x: 0 < x < math.inf,
-    )
+    return check_scalar("damp", value, *POSITIVE)
 
 
 def check_num_grads(value: Any, static_args: tuple[str, ...]) -> int:

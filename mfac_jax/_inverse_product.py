@@ -35,8 +35,8 @@ def inverse_fisher_vector_product(
       ``F⁻¹ x``, with the structure, shapes and dtypes of ``vector``.
 
     Raises:
-      TypeError: If the paths of ``vector`` are not those of the parameters, or a leaf
-        is not real and floating-point.
+      TypeError: If ``damp`` is not a scalar, if the paths of ``vector`` are not those
+        of the parameters, or if a leaf is not real and floating-point.
       ValueError: If ``damp`` is a number and not positive and finite, if ``state`` does
         not contain exactly one state of M-FAC, or if a shape of ``vector`` is not the
         parameter's.
@@ -54,7 +54,7 @@ def inverse_fisher_vector_product(
       Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
       Information <https://arxiv.org/abs/2107.03356>`_, 2021
     """
-    damp = _checks.check_damp(damp)
+    damp = _checks.check_number("damp", damp, *_checks.POSITIVE)
     states = list(find_states(state).values())
     if len(states) != 1:
         raise ValueError(
@@ -65,7 +65,7 @@ def inverse_fisher_vector_product(
     check_not_emptied(state)
     dtype = state.gram.dtype
     treedef = jax.tree.structure(vector)
-    leaves = match_windows(vector, state.window)
+    leaves = match_windows(vector, state.window, "vector")
     windows = [state.window[path] for path in leaves]
     leaves = list(leaves.values())
     damp = jnp.asarray(damp, dtype)

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2107.03356 (the dynamic algorithm).
 # No `from __future__ import annotations` here: Optax's contract suite compares the
 # annotation of `learning_rate` with the object `optax.ScalarOrSchedule`.
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,15 +42,18 @@ def scale_by_mfac(
     they are stored densely in float32, 18 GB for BERT-tiny and 448 GB for BERT-base at
     the published 1024 gradients. Choose ``window`` by what fits:
 
-    * :func:`~mfac_jax.compact_windows` for a model with embedding tables, at any size:
-      exact, 2 GB for BERT-tiny.
-    * :class:`~mfac_jax.DenseWindow` for any other model that fits, up to a few million
-      parameters; in bfloat16 it takes half.
-    * :class:`~mfac_jax.Int8Window` (a quarter) or :class:`~mfac_jax.TopKWindow` (1.6 %
-      at density 0.01) for tens and hundreds of millions of parameters, with 32 to 256
-      gradients. The step is proportional to ``learning_rate × num_grads``.
+    * :func:`~mfac_jax.compact_windows` if embedding tables are most of the parameters:
+      2 GB instead of 18 for BERT-tiny, but still 353 GB for BERT-base. Exact while a
+      mini-batch has at most ``max_rows`` different tokens.
+    * :class:`~mfac_jax.DenseWindow` for another model of up to a few million
+      parameters; bfloat16 halves it.
+    * :class:`~mfac_jax.Int8Window`, a quarter, or :class:`~mfac_jax.TopKWindow`, at
+      density 0.01 1.5 % and one gradient, for tens and hundreds of millions.
 
-    The Fisher is that of the last :math:`m` mini-batch gradients, the newest included:
+    Fewer gradients take less in proportion. Raise the learning rate with them: the step
+    is proportional to ``learning_rate × num_grads``.
+
+    The Fisher matrix uses the last :math:`m` mini-batch gradients with the newest:
 
     .. math::
         F = \lambda I + \frac{1}{m} \sum_{j=1}^{m} g_j g_j^T, \qquad
@@ -92,7 +95,7 @@ def scale_by_mfac(
         leaves, or a callable ``(path, leaf) -> window``. ``path`` is the key path as a
         string, such as ``'encoder/dense/kernel'``, ``leaf`` the parameter or its
         :class:`jax.ShapeDtypeStruct`. ``None`` is ``DenseWindow()``, the one kind for
-        parameters that are sharded over explicit mesh axes. Own kinds implement
+        parameters that are sharded over explicit mesh axes. Custom windows subclass
         :class:`mfac_jax.windows.Window`. ``optax.inject_hyperparams`` calls a function
         as a schedule unless ``'window'`` is in its ``static_args``.
 
@@ -106,9 +109,8 @@ def scale_by_mfac(
         for gradients whose paths are not those of the parameters.
       ValueError: For ``num_grads < 1`` or ``damp <= 0``; from ``init``, for a leaf that
         its window cannot store; from ``update``, for a state of another ``num_grads``
-        or gradients whose shapes differ from the parameters', as far as the windows
-        know them: a dense one knows the shape, others the number of blocks or the size
-        of a row.
+        or gradients whose shapes differ from the parameters'. Dense windows compare the
+        whole shape, others only the number of blocks or the size of a row.
 
     Examples:
       The first step is ``m g / (m λ + gᵀ g)``:
@@ -129,14 +131,24 @@ def scale_by_mfac(
       Information <https://arxiv.org/abs/2107.03356>`_, 2021
     """
     num_grads = _checks.check_num_grads(num_grads, ("num_grads", "window"))
+    return _scale_by_mfac(num_grads, damp, window, lambda params: {})
+
+
+def _scale_by_mfac(
+    num_grads: int,
+    damp: optax.ScalarOrSchedule,
+    window: Window | WindowFn | None,
+    decays_of: Callable[[optax.Params], Mapping[str, float]],
+) -> optax.GradientTransformationExtraArgs:
+    """As :func:`scale_by_mfac`, with the coupled weight decay of each leaf by path."""
     damp = _checks.check_damp(damp)
     check_window(window)
 
     def init_fn(params):
-        leaves = _parameters(params)
+        leaves, decays = _parameters(params), decays_of(params)
         windows = {}
         for path, spec in choose_windows(window, leaves).items():
-            check_supported(leaves[path], path, spec)
+            check_supported(path, leaves[path], spec, decays.get(path, 0.0))
             windows[path] = spec.init(leaves[path], num_grads)
             check_kind(path, windows[path])
         is_wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(windows))
@@ -248,7 +260,7 @@ def mfac(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     window: Window | WindowFn | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The M-FAC optimizer.
+    r"""Builds the M-FAC optimizer.
 
     The state holds ``num_grads`` gradients, ``num_grads × parameters × 4`` bytes in
     float32: 448 GB for BERT-base at the published 1024. Pass
@@ -351,26 +363,22 @@ def mfac(
         lambda x: 0 <= x < math.inf,
     )
     has_momentum = isinstance(beta, jax.Array) or beta != 0
+
+    def decays_of(params):
+        decay = _checks.number_of(weight_decay)
+        if not decay:
+            return {}
+        decaying = True if mask is None else mask(params) if callable(mask) else mask
+        decaying = named_leaves(jax.tree.broadcast(decaying, params))
+        return {path: decay for path, decays in decaying.items() if decays}
+
     chain = optax.chain(
         add_decay(weight_decay, mask),
-        scale_by_mfac(num_grads, damp, window=window),
+        _scale_by_mfac(num_grads, damp, window, decays_of),
         average_steps(beta) if has_momentum else optax.identity(),
         keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )
-
-    def init_fn(params):
-        decay = _checks.number_of(weight_decay)
-        if decay:
-            leaves = _parameters(params)
-            decays = True if mask is None else mask(params) if callable(mask) else mask
-            decays = named_leaves(jax.tree.broadcast(decays, params))
-            for path, spec in choose_windows(window, leaves).items():
-                check_supported(
-                    leaves[path], path, spec, decay if decays[path] else 0.0
-                )
-        return chain.init(params)
-
-    return optax.GradientTransformationExtraArgs(init_fn, chain.update)
+    return optax.GradientTransformationExtraArgs(chain.init, chain.update)
 
 
 def _parameters(params: Any) -> dict[str, Any]:
@@ -387,8 +395,8 @@ def _parameters(params: Any) -> dict[str, Any]:
 def _with_row(gram: jax.Array, index: jax.Array, row: jax.Array) -> jax.Array:
     """Replaces row and column ``index``.
 
-    Not by ``.at[index].set``: where the row is sharded, XLA's partitioner makes wrong
-    numbers of that scatter (jax 0.10.2).
+    Uses two slice updates: XLA's partitioner miscompiles ``.at[index].set`` for a
+    sharded row (jax 0.10.2).
     """
     gram = lax.dynamic_update_index_in_dim(gram, row, index, 0)
     return lax.dynamic_update_index_in_dim(gram, row, index, 1)

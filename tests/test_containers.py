@@ -216,6 +216,11 @@ def optax_tree(kind):
         transform_non_params=lambda x: x,
     )
     assert seen == [True] * 3
+    marked = optax.tree.map_params(
+        opt, lambda _: "param", state, transform_non_params=lambda _: "other"
+    )
+    assert marked[1].window == marked[1].gram == "other"
+    assert marked[2].average == dict.fromkeys(params, "param")
     return run(opt, params, state, slice(1, None), step)[0]
 
 

@@ -78,7 +78,16 @@ def test_fields_of_another_kind_are_rejected():
         def init(self, leaf, num_grads):
             return jnp.zeros((num_grads, *leaf.shape))
 
+    class Raised(NamedTuple):
+        rows: jax.Array
+        num_raised: jax.Array
+
+    class RaisedWindow(Float8Window):
+        def init(self, leaf, num_grads):
+            return Raised(jnp.zeros((num_grads, *leaf.shape)), jnp.zeros((), int))
+
     for window, message in [
+        (RaisedWindow(), r"Raised has the field num_raised"),
         (HalvedWindow(), r"Halved has the fields of .*\.DenseGradients, values"),
         (ArrayWindow(), r"window of w must be a NamedTuple of arrays"),
     ]:

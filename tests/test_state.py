@@ -146,7 +146,7 @@ def test_an_emptied_and_refilled_state_starts_with_an_empty_window():
     chex.assert_trees_all_equal_shapes_and_dtypes(refilled, state)
     found, before = mfac_jax.diagnostics(refilled), mfac_jax.diagnostics(state)
     assert found["num_stored"] == found["effective_rank"] == 0
-    assert found.get("num_dropped") == before.get("num_dropped")
+    assert found["num_dropped"] == before["num_dropped"] > 0
     assert optax.tree.get(refilled, "ScaleByMFACState").count == 3
     # The direction is that of a window with one gradient, at the schedule's damping.
     first = mfac_jax.scale_by_mfac(4, 4e-3, window=of_its_kind)
@@ -208,7 +208,6 @@ def test_vectors_and_gradients_are_real_and_floating_point(dtype):
 
 def test_other_optimizers_are_left_alone():
     state = optax.adam(0.1).init(PARAMS)
-    assert mfac_jax.drop_windows(state) is not None
     chex.assert_trees_all_equal(mfac_jax.drop_windows(state), state)
     chex.assert_trees_all_equal(mfac_jax.refill_windows(state, state), state)
     for function in mfac_jax.window_nbytes, mfac_jax.window_table:

@@ -440,7 +440,7 @@ def check_memory(optimizer: Optimizer, params: Any) -> None:
     num_grads = optimizer.hyperparams.get("num_grads")
     if num_grads is not None:
         window = mfac_jax.window_nbytes(shapes)
-        # Less one gradient: the error of a top-k window does not shrink with num_grads.
+        # Less one gradient: a top-k window also keeps an error of that size.
         for_window = available - working - (state - window) - nbytes(params)
         fitting = max(0, for_window * num_grads // window)
         message += (

@@ -1,8 +1,8 @@
 """Windows: how the gradients of a leaf are stored.
 
-A kind of window is a :class:`Window`, a frozen dataclass with a method ``init``, whose
-result implements :class:`StoredGradients`. Kinds of your own need these two protocols
-and nothing else; the functions here are what the kinds of this package are made of.
+A kind of window subclasses :class:`Window` as a frozen dataclass; its ``init`` returns
+:class:`StoredGradients`. Kinds of your own need these two protocols and nothing else;
+the functions are the building blocks of the built-in kinds.
 """
 
 from mfac_jax.windows._choice import WindowFn, compact_windows

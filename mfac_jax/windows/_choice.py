@@ -13,7 +13,7 @@ from mfac_jax.windows._dense import DenseWindow
 from mfac_jax.windows._protocol import Window
 from mfac_jax.windows._row_sparse import RowSparseWindow
 
-WindowFn = Callable[[str, Any], Window]
+WindowFn = Callable[[str, Any], Window | None]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -80,9 +80,7 @@ def choose_windows(
     return chosen
 
 
-def check_supported(
-    leaf: Any, path: str, spec: Window, weight_decay: float = 0.0
-) -> None:
+def check_supported(path: str, leaf: Any, spec: Window, weight_decay: float) -> None:
     """Raises where a window cannot store the gradients of a leaf.
 
     Raises:
@@ -146,19 +144,16 @@ def compact_windows(
     )
 
 
-_MISSING = object()
-
-
 @dataclasses.dataclass(frozen=True)
 class _CompactWindows:
     tables: tuple[tuple[re.Pattern[str], RowSparseWindow], ...]
     others: DenseWindow
 
-    def __call__(self, path: str, leaf: Any = _MISSING) -> Window:
-        if leaf is _MISSING:
+    def __call__(self, path: str, leaf: Any = None) -> Window:
+        if not isinstance(path, str):
             # optax.inject_hyperparams takes it for a schedule.
             raise TypeError(
-                "a window function takes a path and a leaf, got one argument; with "
+                f"a window function takes the path of a leaf, got {path!r}; with "
                 "optax.inject_hyperparams add 'window' to static_args."
             )
         return next((w for p, w in self.tables if p.search(path)), self.others)

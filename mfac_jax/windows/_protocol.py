@@ -1,6 +1,6 @@
 """The window interface: two protocols that every kind of window implements.
 
-A :class:`Window` says how the gradients of a leaf are stored. It is static, like the
+A :class:`Window` defines how the gradients of a leaf are stored. It is static, like the
 arguments of the optimizer. Its ``init`` returns the :class:`StoredGradients` of the
 leaf, which are part of the optimizer's state.
 """
@@ -47,7 +47,7 @@ class StoredGradients(Protocol[_Row]):
         ...
 
     def encode(self, gradient: jax.Array, dtype: Any) -> Encoded[_Row]:
-        """Returns the gradient as stored, with the vector it stands for in ``dtype``.
+        """Returns the gradient as stored, with the vector that it represents.
 
         A gradient that is not finite may give anything: it is never written.
         """

@@ -63,7 +63,7 @@ class RowSparseWindow(Window):
         """Returns why the gradients of a leaf cannot be stored, or ``None``."""
         if weight_decay > 0 and self._is_sparse(leaf):
             return (
-                f"gets dense gradients from weight_decay {weight_decay}, but its "
+                f"gets dense gradients from weight_decay {weight_decay:g}, but its "
                 f"window stores {self.max_rows} of {leaf.shape[0]} rows. Use decoupled "
                 "decay, optax.chain(mfac_jax.scale_by_mfac(...), "
                 "optax.add_decayed_weights(...), "
