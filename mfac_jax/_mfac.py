@@ -45,15 +45,15 @@ def scale_by_mfac(
     * :func:`~mfac_jax.compact_windows` if embedding tables are most of the parameters:
       2 GB instead of 18 for BERT-tiny, but still 353 GB for BERT-base. Exact while a
       mini-batch has at most ``max_rows`` different tokens.
-    * :class:`~mfac_jax.DenseWindow` for another model of up to a few million
+    * :class:`~mfac_jax.DenseWindow` for other models of up to a few million
       parameters; bfloat16 halves it.
-    * :class:`~mfac_jax.Int8Window`, a quarter, or :class:`~mfac_jax.TopKWindow`, at
-      density 0.01 1.5 % and one gradient, for tens and hundreds of millions.
+    * :class:`~mfac_jax.Int8Window` (a quarter) or :class:`~mfac_jax.TopKWindow` (at
+      density 0.01, 1.5 % plus one gradient) for tens and hundreds of millions.
 
-    Fewer gradients take less in proportion. Raise the learning rate with them: the step
-    is proportional to ``learning_rate × num_grads``.
+    Fewer gradients take proportionally less. Raise the learning rate with them: the
+    step is proportional to ``learning_rate × num_grads``.
 
-    The Fisher matrix uses the last :math:`m` mini-batch gradients with the newest:
+    The Fisher matrix uses the last :math:`m` mini-batch gradients, the newest included:
 
     .. math::
         F = \lambda I + \frac{1}{m} \sum_{j=1}^{m} g_j g_j^T, \qquad

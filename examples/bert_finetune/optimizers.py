@@ -27,8 +27,6 @@ _Schedules = Callable[[float], optax.Schedule]
 # What Optax's optimizers call the tree of the weights that decay, and the decay.
 _MASKS = ("mask", "weight_decay_mask")
 _DECAYS = ("weight_decay", "weight_decay_rate")
-
-
 _WORD_TABLE = "word_embeddings"
 
 

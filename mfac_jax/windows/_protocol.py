@@ -33,8 +33,7 @@ class StoredGradients(Protocol[_Row]):
 
     Arrays that hold gradients have a leading axis of length ``m``. A scalar int32 field
     whose name begins with ``num_`` is a counter: :func:`mfac_jax.diagnostics` reports
-    its sum over the leaves, and
-    :func:`mfac_jax.drop_windows` keeps it.
+    its sum over the leaves, and :func:`mfac_jax.drop_windows` keeps it.
 
     ``dtype`` is the dtype of the Gram matrix, float32 or float64, in which all sums are
     taken. What :meth:`products` and :meth:`combine` see must be exactly what
