@@ -131,7 +131,8 @@ def check_kind(path: str, stored: Any) -> None:
             f"the window of {_checks.named(path)} must be a NamedTuple of arrays, got "
             f"{name}."
         )
-    taken = {"num_stored", *ScaleByMFACState._fields}.intersection(fields)
+    of_the_state = {"num_stored", *ScaleByMFACState._fields}
+    taken = of_the_state.intersection(filter(is_counter, fields))
     if taken:
         raise TypeError(
             f"{name} has the field {min(taken)}, a name that mfac_jax.diagnostics "

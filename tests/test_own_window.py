@@ -86,6 +86,16 @@ def test_fields_of_another_kind_are_rejected():
         def init(self, leaf, num_grads):
             return Raised(jnp.zeros((num_grads, *leaf.shape)), jnp.zeros((), int))
 
+    class Indexed(NamedTuple):
+        rows: jax.Array
+        index: jax.Array
+
+    class IndexedWindow(Float8Window):
+        def init(self, leaf, num_grads):
+            return Indexed(jnp.zeros((num_grads, *leaf.shape)), jnp.zeros(num_grads))
+
+    # Only a counter shares its name with those of the state.
+    mfac_jax.scale_by_mfac(2, window=IndexedWindow()).init({"w": jnp.ones(3)})
     for window, message in [
         (RaisedWindow(), r"Raised has the field num_raised"),
         (HalvedWindow(), r"Halved has the fields of .*\.DenseGradients, values"),
