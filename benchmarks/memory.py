@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from step_time import CASES, LARGEST, environment, random_gradient
+from step_time import CASES, LARGE, environment, random_gradient
 
 import mfac_jax
 
 ROWS = ["adamw", *CASES]
-ROWS_BY_DEFAULT = [name for name in ROWS if name != LARGEST]
+ROWS_BY_DEFAULT = [name for name in ROWS if name not in LARGE]
 
 
 def held_bytes() -> tuple[int, int]:

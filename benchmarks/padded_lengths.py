@@ -68,8 +68,8 @@ class Steps:
         self.seconds = self.ready_seconds = 0.0
         self.losses: list[float] = []
 
-    def take(self, num_steps: int) -> None:
-        """Takes steps as the trainer does and waits for the last."""
+    def take(self, num_steps: int) -> float:
+        """Takes steps as the trainer does, waits for the last; returns the seconds."""
         started = time.perf_counter()
         queue = training.MetricsQueue(
             lambda step, metrics: self.losses.append(metrics["loss"])
@@ -79,7 +79,9 @@ class Steps:
             queue.put(i, metrics)
         queue.flush()
         jax.block_until_ready(self._state)
-        self.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return seconds
 
     def take_ready(self, num_steps: int) -> None:
         """Takes steps with nothing for the host to do but to dispatch them."""

@@ -26,16 +26,16 @@ import jax
 import jax.numpy as jnp
 from bert_finetune.errors import run_script
 from crosscheck_pytorch import published_code
-from step_time import BERT_TINY, TOUCHED, environment, random_gradient
+from step_time import BERT_TINY, SMALL_SHAPES, TOUCHED, environment, random_gradient
 
 import mfac_jax
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 WINDOWS = {
     "dense": None,
     "row-sparse": mfac_jax.compact_windows(TOUCHED),
     "row-sparse bfloat16": mfac_jax.compact_windows(TOUCHED, jnp.bfloat16),
 }
-SHAPES = tuple(BERT_TINY.items())
 
 
 def best_step(step: Callable[[jax.Array], float], repeats: int) -> float:
@@ -43,16 +43,18 @@ def best_step(step: Callable[[jax.Array], float], repeats: int) -> float:
     return min([step(jax.random.key(i)) for i in range(repeats + 2)][2:])
 
 
-def our_step(window: Any, num_grads: int) -> Callable[[jax.Array], float]:
+def our_step(
+    shapes: Shapes, window: Any, num_grads: int
+) -> Callable[[jax.Array], float]:
     """Returns a function from a key to the seconds of an update."""
     optimizer = mfac_jax.scale_by_mfac(num_grads, window=window)
     update = jax.jit(optimizer.update, donate_argnums=1)
-    params = {name: jnp.zeros(shape) for name, shape in SHAPES}
+    params = {name: jnp.zeros(shape) for name, shape in shapes}
     state = jax.jit(optimizer.init)(params)
 
     def step(key: jax.Array) -> float:
         nonlocal state
-        gradient = jax.block_until_ready(random_gradient(key, SHAPES))
+        gradient = jax.block_until_ready(random_gradient(key, shapes))
         start = time.perf_counter()
         _, state = jax.block_until_ready(update(gradient, state))
         return time.perf_counter() - start
@@ -60,12 +62,14 @@ def our_step(window: Any, num_grads: int) -> Callable[[jax.Array], float]:
     return step
 
 
-def their_step(module: ModuleType, num_grads: int) -> Callable[[jax.Array], float]:
+def their_step(
+    module: ModuleType, shapes: Shapes, num_grads: int
+) -> Callable[[jax.Array], float]:
     """Returns the same for the authors' optimizer."""
     torch = module.torch
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda:0" if on_gpu else "cpu")
-    params = [torch.zeros(shape, device=device) for _, shape in SHAPES]
+    params = [torch.zeros(shape, device=device) for _, shape in shapes]
     optimizer = module.MFAC(
         params, 1e-4, ngrads=num_grads, damp=1e-6, moddev=device, optdev=device
     )
@@ -75,8 +79,8 @@ def their_step(module: ModuleType, num_grads: int) -> Callable[[jax.Array], floa
             torch.cuda.synchronize()
 
     def step(key: jax.Array) -> float:
-        gradient = jax.device_get(random_gradient(key, SHAPES))
-        for param, (name, _) in zip(params, SHAPES, strict=True):
+        gradient = jax.device_get(random_gradient(key, shapes))
+        for param, (name, _) in zip(params, shapes, strict=True):
             param.grad = torch.tensor(gradient[name], device=device)
         wait()
         start = time.perf_counter()
@@ -95,17 +99,19 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, metavar="DIR")
     parser.add_argument("--num_grads", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--small", action="store_true", help="Tiny shapes: a trial.")
     parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
+    shapes = tuple((SMALL_SHAPES if args.small else BERT_TINY).items())
     with published_code(args.reference) as module:
-        step = their_step(module, args.num_grads)
+        step = their_step(module, shapes, args.num_grads)
         theirs = 1e3 * best_step(step, args.repeats)
         has_kernels, torch = module.USE_CUDA, module.torch
         del step
         torch.cuda.empty_cache()
     milliseconds = {"published code": theirs}
     for name, window in WINDOWS.items():
-        step = our_step(window, args.num_grads)
+        step = our_step(shapes, window, args.num_grads)
         milliseconds[name] = 1e3 * best_step(step, args.repeats)
         del step
     print(f"{args.num_grads} gradients; the authors' CUDA kernels: {has_kernels}\n")

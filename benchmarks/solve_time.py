@@ -45,13 +45,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--num_grads", type=int, nargs="+", default=[256, 1024, 2048])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
     print("| num_grads | updated | computed again | factorized |")
     print("| ---: " * 4 + "|")
     results = {}
-    for num_grads in (256, 1024, 2048):
+    for num_grads in args.num_grads:
         found = results[num_grads] = measure(num_grads, args.repeats)
         cells = [f"{milliseconds:.1f} ms" for milliseconds in found.values()]
         print(f"| {num_grads} | {' | '.join(cells)} |", flush=True)

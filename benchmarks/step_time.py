@@ -4,16 +4,19 @@
 
 A step cannot be faster than two reads of the window. `ratio` is its time over theirs:
 that of the bare products `G g` and `c G` of a dense array, which are run by turns with
-the update, per byte. `GB/s` are those two reads over the time of the update, beside
-what a copy moves. `adamw` is the time over that of `optax.adamw`'s step on the same
-parameters. Medians; prints a table, and with `--output` writes it as JSON with the
-device, the versions and the commit.
+the update, per byte. `GB/s` are those two reads over the time of the update, `of copy`
+is their share of what a copy moves. `adamw` is the time over that of `optax.adamw`'s
+step on the same parameters. Medians; prints a table, and with `--output` writes it as
+JSON, row by row, with the device, the versions and the commit. With `--traces` what the
+device did in some more updates is recorded for `kernels.py`.
 """
 
 import argparse
 import functools
 import json
 import platform
+import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kernels
 import optax
 
 import mfac_jax
@@ -67,16 +71,24 @@ class Case(NamedTuple):
     shapes: Shapes
 
 
-# 18 GB: for GPUs.
-LARGEST = "dense, BERT-tiny, 1024"
+# Up to 18 GB: for GPUs.
+LARGE = [
+    "dense, BERT-tiny, 1024",
+    "dense bfloat16, BERT-tiny, 1024",
+    "int8, BERT-tiny, 1024",
+]
 CASES = {
     "dense, 1 M": Case(None, 256, {"kernel": (7_812, 128)}),
     "dense, BERT-tiny": Case(None, 256, BERT_TINY),
-    LARGEST: Case(None, 1024, BERT_TINY),
+    "dense, BERT-tiny, 1024": Case(None, 1024, BERT_TINY),
     "dense bfloat16, BERT-tiny": Case(
         mfac_jax.DenseWindow(jnp.bfloat16), 256, BERT_TINY
     ),
+    "dense bfloat16, BERT-tiny, 1024": Case(
+        mfac_jax.DenseWindow(jnp.bfloat16), 1024, BERT_TINY
+    ),
     "int8, BERT-tiny": Case(mfac_jax.Int8Window(), 256, BERT_TINY),
+    "int8, BERT-tiny, 1024": Case(mfac_jax.Int8Window(), 1024, BERT_TINY),
     "row-sparse, BERT-tiny": Case(mfac_jax.compact_windows(TOUCHED), 256, BERT_TINY),
     "row-sparse, BERT-tiny, 1024": Case(
         mfac_jax.compact_windows(TOUCHED), 1024, BERT_TINY
@@ -86,6 +98,10 @@ CASES = {
     ),
     "top-k 1 %, BERT-tiny, 1024": Case(mfac_jax.TopKWindow(0.01), 1024, BERT_TINY),
 }
+
+# With `--small` every case has these, so that a test runs the script in no time.
+SMALL_SHAPES = {"word_embeddings": (500, 4), "position_embeddings": (130, 4)}
+SMALL_NUM_GRADS = 4
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -115,9 +131,9 @@ def random_gradient(key: jax.Array, shapes: tuple[tuple[str, tuple[int, ...]], .
     return jax.tree.map(lambda leaf: leaf / norm, leaves)
 
 
-def make_passes() -> tuple[Callable[[], jax.Array], Callable[[], jax.Array], int]:
-    """Returns the two products, a copy, and the bytes that either moves."""
-    window = jax.random.normal(jax.random.key(0), (256, 999_936))
+def make_passes(size: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:
+    """Returns the two products of 256 rows, a copy, and the bytes that either moves."""
+    window = jax.random.normal(jax.random.key(0), (256, size))
     vector, coefficients = jnp.ones(window.shape[1]), jnp.ones(window.shape[0])
 
     @jax.jit
@@ -136,7 +152,11 @@ def make_passes() -> tuple[Callable[[], jax.Array], Callable[[], jax.Array], int
 
 
 def measure(
-    case: Case, products: Callable[[], Any], products_nbytes: int, repeats: int
+    case: Case,
+    products: Callable[[], Any],
+    products_nbytes: int,
+    repeats: int,
+    trace: Path | None = None,
 ) -> dict[str, float]:
     """Measures the update of a case, with a new gradient each time.
 
@@ -146,19 +166,26 @@ def measure(
     params = {name: jnp.zeros(shape) for name, shape in case.shapes.items()}
     shapes = tuple(case.shapes.items())
 
-    def time_of(optimizer: Any) -> tuple[float, float, Any]:
-        """Returns the seconds of an update and of the two products."""
+    def time_of(optimizer: Any, trace: Path | None = None) -> tuple[float, float, Any]:
+        """Returns the seconds of an update and of the two products, and the state."""
         update = jax.jit(optimizer.update, donate_argnums=1)
         state = jax.jit(optimizer.init)(params)
         update_seconds, product_seconds = [], []
-        for i in range(repeats + 2):
-            gradient = random_gradient(jax.random.key(i), shapes)
-            jax.block_until_ready((gradient, state))
+        # All beforehand: to make one takes kernels too.
+        num_gradients = repeats + 2 + kernels.NUM_TRACED
+        keys = map(jax.random.key, range(num_gradients))
+        gradients = [random_gradient(key, shapes) for key in keys]
+        jax.block_until_ready((gradients, state))
+        for gradient in gradients[: repeats + 2]:
             start = time.perf_counter()
             updates, state = jax.block_until_ready(update(gradient, state, params))
             update_seconds.append(time.perf_counter() - start)
             del updates
             product_seconds.append(seconds_of(products))
+        if trace is not None:
+            with kernels.recorded(trace):
+                for gradient in gradients[repeats + 2 :]:
+                    _, state = jax.block_until_ready(update(gradient, state, params))
         warm = slice(2, None)
         return (
             statistics.median(update_seconds[warm]),
@@ -168,7 +195,7 @@ def measure(
 
     adamw, _, _ = time_of(optax.adamw(1e-4))
     optimizer = mfac_jax.scale_by_mfac(case.num_grads, window=case.window)
-    step, two_reads, state = time_of(optimizer)
+    step, two_reads, state = time_of(optimizer, trace)
     assert state.num_raised == 0, "the damping was raised"
     nbytes = mfac_jax.window_nbytes(state)
     return {
@@ -184,18 +211,17 @@ def measure(
 
 def environment() -> dict[str, str]:
     """Returns device, versions and commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout.strip()
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": commit,
     }
 
 
@@ -208,32 +234,38 @@ def main() -> None:
         "--cases",
         nargs="+",
         choices=CASES,
-        default=[name for name in CASES if name != LARGEST],
+        default=[name for name in CASES if name not in LARGE],
     )
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--small", action="store_true", help="Tiny shapes: a trial.")
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="Where to put them.")
     parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
-    products, copy, nbytes = make_passes()
+    products, copy, nbytes = make_passes(1_000 if args.small else 999_936)
     copied = nbytes / best_time(copy, 4) / 1e9
     print(f"A copy moves {copied:.1f} GB/s.\n")
-    titles = "window m MB ms ratio GB/s adamw".split()
-    print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * 6)
+    titles = ["window", "m", "MB", "ms", "ratio", "GB/s", "of copy", "adamw"]
+    print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * 7)
     results = {}
     for name in args.cases:
-        found = results[name] = measure(CASES[name], products, nbytes, args.repeats)
+        case = CASES[name]
+        if args.small:
+            case = case._replace(num_grads=SMALL_NUM_GRADS, shapes=SMALL_SHAPES)
+        trace = None
+        if args.traces is not None:
+            trace = args.traces / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.pb"
+        found = measure(case, products, nbytes, args.repeats, trace)
         print(
             f"| {name} | {found['num_grads']} | {found['window_mb']:,.0f} | "
-            f"{found['update_ms']:.1f} | {found['ratio']:.2f} | "
-            f"{found['gb_per_s']:.1f} | {found['ratio_to_adamw']:.1f} |",
+            f"{found['update_ms']:.2f} | {found['ratio']:.2f} | "
+            f"{found['gb_per_s']:.1f} | {found['gb_per_s'] / copied:.0%} | "
+            f"{found['ratio_to_adamw']:.1f} |",
             flush=True,
         )
-    if args.output is not None:
-        content = {
-            **environment(),
-            "copy_gb_per_s": copied,
-            "results": results,
-        }
-        args.output.write_text(json.dumps(content, indent=2) + "\n")
+        results[name] = found
+        if args.output is not None:
+            content = {**environment(), "copy_gb_per_s": copied, "results": results}
+            args.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,17 @@ from step_time import environment
 
 MFAC = 'MFAC={"num_grads": 1024, "damp": 1e-6}'
 PADDING = {"short": [], "128": ["--pad_to_max_length"]}
-STEPS_PER_TURN = 40
 
 
 def measure(
-    source: tuple[str, str], optims: list[str], flags: list[str], turns: int
+    source: tuple[str, str],
+    optims: list[str],
+    flags: list[str],
+    turns: int,
+    steps_per_turn: int,
 ) -> dict[str, dict[str, float]]:
     """Returns by optimizer its state's bytes, and steps per second of loop and step."""
-    num_steps = turns * STEPS_PER_TURN
+    num_steps = turns * steps_per_turn
     steps = {}
     for entry in optims:
         optim, given, optim_args = entry.partition("=")
@@ -36,8 +39,8 @@ def measure(
         steps[entry] = Steps(run, run.loss_fn)
     for _ in range(turns):
         for taking in steps.values():
-            taking.take(STEPS_PER_TURN)
-            taking.take_ready(STEPS_PER_TURN)
+            taking.take(steps_per_turn)
+            taking.take_ready(steps_per_turn)
     return {
         entry: {
             "optimizer_state_bytes": taking.optimizer_state_bytes,
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--optims", nargs="+", default=[MFAC], metavar="NAME[=JSON]")
     parser.add_argument("--padding", nargs="+", choices=PADDING, default=list(PADDING))
     parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--steps_per_turn", type=int, default=40)
     parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
     source = args.model_name_or_path, args.dataset_name
@@ -68,7 +72,9 @@ def main() -> None:
     results = {}
     for padding in args.padding:
         optims = [*args.optims, "adamw", "sgd"]
-        found = measure(source, optims, PADDING[padding], args.turns)
+        found = measure(
+            source, optims, PADDING[padding], args.turns, args.steps_per_turn
+        )
         results[padding] = found
         rates = {name: rate["steps_per_second"] for name, rate in found.items()}
         for name, rate in rates.items():
@@ -80,9 +86,9 @@ def main() -> None:
                 f"{1 - rate / found[name]['steps_per_second_alone']:.0%} |",
                 flush=True,
             )
-    if args.output is not None:
-        content = {**environment(), "results": results}
-        args.output.write_text(json.dumps(content, indent=2) + "\n")
+        if args.output is not None:
+            content = {**environment(), "results": results}
+            args.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("eight_devices") and jax.device_count() < 8:
+        pytest.skip(f"needs eight devices, JAX has {jax.device_count()}")
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Compiles with few optimizations, which takes most of the time of short runs."""

@@ -10,11 +10,11 @@ def dense_inverse_product(window, vector, damp):
     return np.linalg.solve(fisher, np.asarray(vector, np.float64))
 
 
-def newest_directions(gradients, num_grads, damp):
-    """Yields ``F⁻¹ g`` of every gradient in turn, by the Gram matrix: for long ones."""
+def newest_directions(gradients, num_grads, damp, start=0):
+    """Yields ``F⁻¹ g`` of each gradient from ``start`` on, by the Gram matrix."""
     gradients = np.asarray(gradients, np.float64)
     gram = gradients @ gradients.T
-    for t in range(len(gradients)):
+    for t in range(start, len(gradients)):
         # In any order; rows not yet written add nothing.
         window = slice(max(0, t + 1 - num_grads), t + 1)
         system = gram[window, window] + num_grads * damp * np.eye(len(gram[window]))

@@ -90,6 +90,7 @@ def test_refuses_other_dtypes(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.eight_devices
 def test_windows_are_sharded_like_the_parameters(axis_type, dtype):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))
     spec = PartitionSpec("x", "y")

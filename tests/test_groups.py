@@ -111,6 +111,7 @@ def test_a_window_of_small_leaves_alone_is_not_copied():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.eight_devices
 def test_sharded_and_replicated_leaves(axis_type):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
     specs = {"a": PartitionSpec("x"), "b": PartitionSpec(), "c": PartitionSpec()}

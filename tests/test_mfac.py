@@ -122,6 +122,7 @@ def test_scan_and_vmap_over_replicas():
             np.testing.assert_allclose(flat(update), flat(expected[t]), rtol=1e-4)
 
 
+@pytest.mark.eight_devices
 def test_shard_map_with_a_schedule_of_the_damping():
     opt = mfac_jax.scale_by_mfac(3, lambda count: 1e-3 / (1 + count))
     gradients = list(gradients_like(PARAMS, 5))

@@ -11,7 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mfac_jax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.eight_devices,
+]
 
 # A leaf of each kind, so that one program has them all.
 KINDS = {

@@ -599,6 +599,7 @@ def test_gradients_that_cannot_be_the_leafs_are_refused(kind, shape):
 
 
 @pytest.mark.parametrize("kind", ["row_sparse", "int8", "topk"])
+@pytest.mark.eight_devices
 def test_explicit_sharding_is_for_dense_windows(kind):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
     opt = mfac_jax.scale_by_mfac(2, window=KINDS[kind])

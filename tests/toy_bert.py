@@ -36,9 +36,9 @@ CONFIG = {
 _STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
 
 
-def tensors(model_class=modeling.BertForSequenceClassification, seed=0):
+def tensors(model_class=modeling.BertForSequenceClassification, seed=0, **config):
     """Random weights under Hugging Face's names."""
-    params = modeling.init_params(BertConfig(**CONFIG), model_class, seed)
+    params = modeling.init_params(BertConfig(**CONFIG | config), model_class, seed)
     named = pretrained.tensors_from_params(params)
     rng = np.random.default_rng(seed)
     return {
@@ -53,7 +53,7 @@ def write_model(directory, weights=None, *, as_torch=False, **config):
     directory.mkdir(parents=True, exist_ok=True)
     directory.joinpath("config.json").write_text(json.dumps(CONFIG | config))
     directory.joinpath("vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    weights = tensors() if weights is None else weights
+    weights = tensors(**config) if weights is None else weights
     if as_torch:
         write_torch_checkpoint(directory / "pytorch_model.bin", weights)
     else:

@@ -1,0 +1,133 @@
+r"""Steps per second of this trainer and of PyTorch with transformers, by turns.
+
+    pip install torch
+    PYTHONPATH=examples python benchmarks/pytorch_step.py \
+        --model_name_or_path prajjwal1/bert-tiny
+
+The same batches of QQP (32 pairs, at most 128 tokens) with AdamW, dropout and clipping,
+in one process, on the same device and number of threads. The batches of `short` are
+padded by this trainer to the smallest of a few lengths, for PyTorch to the longest
+example; those of `128` all to 128. Both take batches that are made on a thread.
+Compilation is not counted.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Both programs have to fit on the device.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from bert_finetune import data, hub, trainer
+from bert_finetune.errors import UserError, run_script
+from padded_lengths import Steps, make_run
+from step_time import environment
+
+PADDING = {"short": [], "128": ["--pad_to_max_length"]}
+
+
+class TorchSteps:
+    """Takes the steps of a run as a plain loop in PyTorch does."""
+
+    def __init__(self, torch: Any, run: trainer.Run):
+        transformers = importlib.import_module("transformers")
+        args = run.args
+        self._torch = torch
+        self._on_gpu = torch.cuda.is_available()
+        self._device = torch.device("cuda" if self._on_gpu else "cpu")
+        self._model = transformers.BertForSequenceClassification.from_pretrained(
+            hub.resolve_model(args.model_name_or_path), num_labels=2
+        ).to(self._device)
+        self._model.train()
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=args.learning_rate, weight_decay=0.0
+        )
+        self._batches = data.prefetch(self._make_batches(run))
+
+    def _make_batches(self, run: trainer.Run) -> Iterator[dict[str, Any]]:
+        longest = run.args.max_seq_length
+        lengths = [longest] if run.args.pad_to_max_length else range(1, longest + 1)
+        for batch in data.train_batches(run.train_data._replace(lengths=lengths)):
+            del batch["weights"]
+            yield {
+                name: self._torch.as_tensor(array, dtype=self._torch.int64)
+                for name, array in batch.items()
+            }
+
+    def take(self, num_steps: int) -> float:
+        """Takes steps and waits for the last; returns the seconds."""
+        started = time.perf_counter()
+        for batch in itertools.islice(self._batches, num_steps):
+            batch = {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
+            self._model(**batch).loss.backward()
+            self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        if self._on_gpu:
+            self._torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    """Prints a table, by padding."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--dataset_name", default="nyu-mll/glue")
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--steps_per_turn", type=int, default=40)
+    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    args = parser.parse_args()
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        raise UserError("this comparison needs torch: pip install torch.") from error
+    print("| padded to | this trainer | PyTorch | ratio |\n| --- |" + " ---: |" * 3)
+    results = {}
+    num_steps = (args.turns + 1) * args.steps_per_turn
+    for padding, flags in PADDING.items():
+        run = make_run(
+            args.model_name_or_path,
+            args.dataset_name,
+            ["--optim", "adamw", "--max_steps", str(num_steps), *flags],
+        )
+        rivals = {
+            "this trainer": Steps(run, run.loss_fn),
+            "PyTorch": TorchSteps(torch, run),
+        }
+        seconds = {name: [] for name in rivals}
+        for _ in range(args.turns + 1):
+            for name, rival in rivals.items():
+                seconds[name].append(rival.take(args.steps_per_turn))
+        # The first turn warms up.
+        rates = {
+            name: args.steps_per_turn / statistics.median(times[1:])
+            for name, times in seconds.items()
+        }
+        ours, theirs = rates.values()
+        print(
+            f"| {padding} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |",
+            flush=True,
+        )
+        results[padding] = {"steps_per_second": rates, "ratio": ours / theirs}
+        if args.output is not None:
+            content = {
+                **environment(),
+                "torch": torch.__version__,
+                "transformers": importlib.import_module("transformers").__version__,
+                "threads": torch.get_num_threads(),
+                "results": results,
+            }
+            args.output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main, "nothing was left to save.")
