@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import run_seeds
-from bert_finetune import reporting
+from bert_finetune.reporting.plots import plot_bands
 
 # Says nothing that accuracy and F1 do not say.
 NOT_SHOWN = "combined_score"
@@ -81,7 +81,7 @@ def main() -> None:
         for name, row in by_setting.items()
     }
     if args.picture is not None:
-        reporting.plot_bands(args.picture, args.title, groups, metrics)
+        plot_bands(args.picture, args.title, groups, metrics)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from bert_finetune import pretrained
 from bert_finetune.errors import run_script
+from bert_finetune.model import pretrained
 
 # By the first of these that a name contains; heads, which are new, have none.
 KINDS = {

@@ -16,14 +16,25 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from bert_finetune import data, glue, modeling, splits, trainer, training
 from bert_finetune.arguments import GlueArguments, parse_arguments
+from bert_finetune.data.batches import prefetch, train_batches
+from bert_finetune.glue import splits
+from bert_finetune.glue.task import load_classifier, plan_training
+from bert_finetune.model import bert
+from bert_finetune.training import loop
+from bert_finetune.training.losses import LossFn, classification_loss
+from bert_finetune.training.steps import (
+    MetricsQueue,
+    compile_for_lengths,
+    init_state,
+    make_train_step,
+)
 from step_time import environment
 
 STEPS_PER_TURN = 100
 
 
-def make_run(model: str, dataset: str, flags: Sequence[str]) -> trainer.Run:
+def make_run(model: str, dataset: str, flags: Sequence[str]) -> loop.Run:
     """Plans a run of the trainer without starting it."""
     args = parse_arguments(
         GlueArguments,
@@ -33,8 +44,8 @@ def make_run(model: str, dataset: str, flags: Sequence[str]) -> trainer.Run:
             *("--per_device_train_batch_size", "32", "--learning_rate", "1e-4", *flags),
         ],
     )
-    classifier = glue.load_classifier(args)
-    return glue.plan_training(
+    classifier = load_classifier(args)
+    return plan_training(
         classifier, splits.load_split(args, classifier.task, "train", None)
     )
 
@@ -49,31 +60,29 @@ class Steps:
       optimizer_state_bytes: what the optimizer holds.
     """
 
-    def __init__(self, run: trainer.Run, loss_fn: training.LossFn):
+    def __init__(self, run: loop.Run, loss_fn: LossFn):
         optimizer = run.optimizer.transformation
         params = jax.tree.map(np.asarray, run.model.params)
-        self._state = training.init_state(params, optimizer, seed=0)
+        self._state = init_state(params, optimizer, seed=0)
         self.optimizer_state_bytes = sum(
             leaf.nbytes for leaf in jax.tree.leaves(self._state.opt_state)
         )
         started = time.perf_counter()
-        self._step = training.compile_for_lengths(
-            training.make_train_step(loss_fn, optimizer),
+        self._step = compile_for_lengths(
+            make_train_step(loss_fn, optimizer),
             self._state,
-            next(data.train_batches(run.train_data)),
+            next(train_batches(run.train_data)),
             run.lengths,
         )
         self.compile_seconds = time.perf_counter() - started
-        self._batches = data.prefetch(data.train_batches(run.train_data))
+        self._batches = prefetch(train_batches(run.train_data))
         self.seconds = self.ready_seconds = 0.0
         self.losses: list[float] = []
 
     def take(self, num_steps: int) -> float:
         """Takes steps as the trainer does, waits for the last; returns the seconds."""
         started = time.perf_counter()
-        queue = training.MetricsQueue(
-            lambda step, metrics: self.losses.append(metrics["loss"])
-        )
+        queue = MetricsQueue(lambda step, metrics: self.losses.append(metrics["loss"]))
         for i, batch in enumerate(itertools.islice(self._batches, num_steps)):
             self._state, metrics = self._step(self._state, batch)
             queue.put(i, metrics)
@@ -117,8 +126,8 @@ def main() -> None:
     for name, run in runs.items():
         config = run.model.config
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-        apply = modeling.make_apply(config, modeling.BertForSequenceClassification)
-        without = Steps(run, training.classification_loss(apply))
+        apply = bert.make_apply(config, bert.BertForSequenceClassification)
+        without = Steps(run, classification_loss(apply))
         without.take(STEPS_PER_TURN)
         losses[name] = np.array(without.losses)
     train_data = runs["short"].train_data
@@ -129,7 +138,7 @@ def main() -> None:
         "lengths": runs["short"].lengths,
         "mean_length": float(np.diff(train_data.features.starts).mean()),
         "mean_padded_length": float(
-            np.mean([b["input_ids"].shape[1] for b in data.train_batches(train_data)])
+            np.mean([b["input_ids"].shape[1] for b in train_batches(train_data)])
         ),
         "largest_difference_of_losses": float(
             np.max(np.abs(losses["short"] - losses["fixed"]))

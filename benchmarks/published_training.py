@@ -19,8 +19,8 @@ from types import ModuleType
 import jax
 import numpy as np
 import optax
-from bert_finetune import trainer
 from bert_finetune.errors import run_script
+from bert_finetune.training import loop
 from crosscheck_pytorch import published_code
 from jax.experimental import io_callback
 from jax.flatten_util import ravel_pytree
@@ -53,7 +53,7 @@ def scale_by_published_mfac(
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def losses_of(run: trainer.Run) -> np.ndarray:
+def losses_of(run: loop.Run) -> np.ndarray:
     """Trains; returns the mean loss of each epoch."""
     steps = Steps(run, run.loss_fn)
     steps.take(run.train_data.num_steps)

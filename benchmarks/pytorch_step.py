@@ -25,8 +25,10 @@ from typing import Any
 # Both programs have to fit on the device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from bert_finetune import data, hub, trainer
+from bert_finetune import hub
+from bert_finetune.data.batches import prefetch, train_batches
 from bert_finetune.errors import UserError, run_script
+from bert_finetune.training import loop
 from padded_lengths import Steps, make_run
 from step_time import environment
 
@@ -36,7 +38,7 @@ PADDING = {"short": [], "128": ["--pad_to_max_length"]}
 class TorchSteps:
     """Takes the steps of a run as a plain loop in PyTorch does."""
 
-    def __init__(self, torch: Any, run: trainer.Run):
+    def __init__(self, torch: Any, run: loop.Run):
         transformers = importlib.import_module("transformers")
         args = run.args
         self._torch = torch
@@ -49,12 +51,12 @@ class TorchSteps:
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(), lr=args.learning_rate, weight_decay=0.0
         )
-        self._batches = data.prefetch(self._make_batches(run))
+        self._batches = prefetch(self._make_batches(run))
 
-    def _make_batches(self, run: trainer.Run) -> Iterator[dict[str, Any]]:
+    def _make_batches(self, run: loop.Run) -> Iterator[dict[str, Any]]:
         longest = run.args.max_seq_length
         lengths = [longest] if run.args.pad_to_max_length else range(1, longest + 1)
-        for batch in data.train_batches(run.train_data._replace(lengths=lengths)):
+        for batch in train_batches(run.train_data._replace(lengths=lengths)):
             del batch["weights"]
             yield {
                 name: self._torch.as_tensor(array, dtype=self._torch.int64)

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bert_finetune import data, glue, splits
 from bert_finetune.arguments import GlueArguments, parse_arguments
+from bert_finetune.data.batches import survey, train_batches
+from bert_finetune.glue import splits
+from bert_finetune.glue.task import load_classifier, plan_training
 from step_time import best_time, environment
 
 import mfac_jax
@@ -29,13 +31,13 @@ Gradients = list[Any]
 
 def qqp_gradients(args: GlueArguments) -> tuple[Gradients, dict[str, int]]:
     """Returns the clipped gradients of a short run, and the rows that they can have."""
-    classifier = glue.load_classifier(args)
-    run = glue.plan_training(
+    classifier = load_classifier(args)
+    run = plan_training(
         classifier,
         splits.load_split(args, classifier.task, "train", args.max_train_samples),
     )
     max_rows = {
-        "word_embeddings": data.survey(run.train_data).max_distinct_tokens,
+        "word_embeddings": survey(run.train_data).max_distinct_tokens,
         "position_embeddings": args.max_seq_length,
     }
     loss_fn = run.loss_fn
@@ -51,7 +53,7 @@ def qqp_gradients(args: GlueArguments) -> tuple[Gradients, dict[str, int]]:
     update = jax.jit(opt.update, donate_argnums=1)
     params, gradients = run.model.params, []
     state = opt.init(params)
-    for step, batch in enumerate(data.train_batches(run.train_data)):
+    for step, batch in enumerate(train_batches(run.train_data)):
         gradients.append(gradient_of(params, batch, step))
         updates, state = update(gradients[-1], state)
         params = optax.apply_updates(params, updates)

@@ -16,8 +16,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import run_glue
-from bert_finetune import metrics, modeling, pretrained, reporting
 from bert_finetune.errors import Interrupted, UserError
+from bert_finetune.files import read_json_lines
+from bert_finetune.glue import metrics
+from bert_finetune.model import bert, pretrained
+from bert_finetune.reporting.plots import plot_curves
 from paraphrases import Pair, generate, vocabulary
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -54,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for optim in RUNS:
         results[optim] = fine_tune(output_dir, optim)
         metrics_file = output_dir / optim / "metrics.jsonl"
-        histories[optim] = reporting.read_json_lines(metrics_file)
+        histories[optim] = read_json_lines(metrics_file)
     plot = output_dir / "curves.png"
-    reporting.plot_curves(plot, "Generated paraphrases", histories, ["accuracy"])
+    plot_curves(plot, "Generated paraphrases", histories, ["accuracy"])
     print(f"\n{'':14}{'accuracy':>10}{'F1':>8}")
     for name, values in results.items():
         print(f"{name:14}{values['eval_accuracy']:10.1%}{values['eval_f1']:8.1%}")
@@ -98,10 +101,10 @@ def write_model(directory: Path) -> None:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model_class = modeling.BertForSequenceClassification
+    model_class = bert.BertForSequenceClassification
     pretrained.save_pretrained(
         directory,
-        modeling.init_params(config, model_class, seed=0),
+        bert.init_params(config, model_class, seed=0),
         config,
         BertTokenizer.from_pretrained(directory),
         model_class,

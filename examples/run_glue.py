@@ -23,11 +23,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(GlueArguments, argv)
     # Only now the slow imports, so that a mistake in a flag shows at once.
-    from bert_finetune import compilation_cache, glue
+    from bert_finetune.glue.task import run
+    from bert_finetune.training import compilation_cache
 
     compilation_cache.enable()
     with errors.explained():
-        return glue.run(args, shlex.join(["python", "examples/run_glue.py", *argv]))
+        return run(args, shlex.join(["python", "examples/run_glue.py", *argv]))
 
 
 if __name__ == "__main__":

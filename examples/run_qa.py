@@ -23,11 +23,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(QaArguments, argv)
     # Only now the slow imports, so that a mistake in a flag shows at once.
-    from bert_finetune import compilation_cache, qa
+    from bert_finetune.squad.task import run
+    from bert_finetune.training import compilation_cache
 
     compilation_cache.enable()
     with errors.explained():
-        return qa.run(args, shlex.join(["python", "examples/run_qa.py", *argv]))
+        return run(args, shlex.join(["python", "examples/run_qa.py", *argv]))
 
 
 if __name__ == "__main__":

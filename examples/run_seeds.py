@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import run_glue
 import run_qa
-from bert_finetune import errors, optimizers, reporting
+from bert_finetune import errors
 from bert_finetune.arguments import (
     Arguments,
     GlueArguments,
@@ -39,6 +39,9 @@ from bert_finetune.arguments import (
     parse_arguments,
 )
 from bert_finetune.errors import Interrupted, UserError
+from bert_finetune.files import read_json_lines, write_json
+from bert_finetune.reporting.plots import plot_bands
+from bert_finetune.training import optimizers
 
 SCRIPTS = {"run_glue": (run_glue, GlueArguments), "run_qa": (run_qa, QaArguments)}
 
@@ -193,7 +196,7 @@ def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
     root = Path(base.output_dir)
     seeds = sorted({run.seed for run in runs})
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    reporting.write_json(
+    write_json(
         root / "seeds.json",
         {
             "model": model,
@@ -224,7 +227,7 @@ def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
         optim: [run["lines"] for run in summary["runs"].values()]
         for optim, summary in optimizers.items()
     }
-    reporting.plot_bands(root / "seeds.png", title, groups, metric_names(optimizers))
+    plot_bands(root / "seeds.png", title, groups, metric_names(optimizers))
     print("\n".join(["", table, "", *notes]))
     print(f"The table and the curves are in {root}, as seeds.md, .json and .png.")
 
@@ -262,7 +265,7 @@ def summarize(
             },
         )
         results = json.loads((run.directory / "all_results.json").read_text())
-        lines = reporting.read_json_lines(run.directory / "metrics.jsonl")
+        lines = read_json_lines(run.directory / "metrics.jsonl")
         summary["runs"][str(run.seed)] = {**results, "lines": lines}
         # SQuAD's are in percent.
         whole = 100 if isinstance(run.args, QaArguments) else 1

@@ -14,7 +14,8 @@ import optax
 import oracles
 import orbax.checkpoint as ocp
 import pytest
-from bert_finetune import modeling, pretrained, training
+from bert_finetune.model import bert, pretrained
+from bert_finetune.training.losses import classification_loss
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mfac_jax
@@ -208,16 +209,14 @@ def bert_gradients():
     settings = json.loads((MICRO / "hyperparameters.json").read_text())
     config, model_class = (
         pretrained.read_config(MICRO),
-        modeling.BertForSequenceClassification,
+        bert.BertForSequenceClassification,
     )
     params, _ = pretrained.params_from_tensors(
         pretrained.read_tensors(MICRO),
-        modeling.init_params(config, model_class, 0, jnp.float64),
+        bert.init_params(config, model_class, 0, jnp.float64),
         MICRO,
     )
-    loss_fn = training.classification_loss(
-        modeling.make_apply(config, model_class, jnp.float64)
-    )
+    loss_fn = classification_loss(bert.make_apply(config, model_class, jnp.float64))
     batches = dict(np.load(MICRO / "batches.npz"))
     batches["weights"] = np.ones_like(batches["labels"], np.float32)
     opt = mfac_jax.mfac(settings["lr"], settings["ngrads"], settings["damp"])

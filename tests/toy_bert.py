@@ -13,7 +13,8 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from bert_finetune import modeling, pretrained, tasks
+from bert_finetune.glue import tasks
+from bert_finetune.model import bert, pretrained
 from safetensors.numpy import save_file
 from transformers import BertConfig
 
@@ -36,9 +37,9 @@ CONFIG = {
 _STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
 
 
-def tensors(model_class=modeling.BertForSequenceClassification, seed=0, **config):
+def tensors(model_class=bert.BertForSequenceClassification, seed=0, **config):
     """Random weights under Hugging Face's names."""
-    params = modeling.init_params(BertConfig(**CONFIG | config), model_class, seed)
+    params = bert.init_params(BertConfig(**CONFIG | config), model_class, seed)
     named = pretrained.tensors_from_params(params)
     rng = np.random.default_rng(seed)
     return {

@@ -2,7 +2,8 @@ import itertools
 
 import numpy as np
 import pytest
-from bert_finetune import answers, chunks, data
+from bert_finetune.data.features import Features
+from bert_finetune.squad import answers, chunks
 
 CONTEXTS = ["ab cd ef gh ij kl mn", "no pq rs", " "]
 NUM_QUESTION_TOKENS = 3  # [CLS], a word, [SEP].
@@ -18,7 +19,7 @@ def chunks_of(pieces):
         starts.append(len(firsts))
     tokens = np.zeros(len(firsts), np.int32)
     return chunks.Chunks(
-        data.Features(tokens, tokens.astype(np.int8), np.array(starts), {}, 0),
+        Features(tokens, tokens.astype(np.int8), np.array(starts), {}, 0),
         np.array([question for question, _ in pieces], np.int32),
         np.array(firsts, np.int32),
         np.array(ends, np.int32),

@@ -2,8 +2,9 @@ import datasets
 import numpy as np
 import pytest
 import toy_bert
-from bert_finetune import chunks, pretrained
 from bert_finetune.errors import UserError
+from bert_finetune.model import pretrained
+from bert_finetune.squad import chunks
 
 
 @pytest.fixture(scope="module")

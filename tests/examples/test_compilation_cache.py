@@ -1,6 +1,6 @@
 import jax
 import pytest
-from bert_finetune import compilation_cache
+from bert_finetune.training import compilation_cache
 
 NAMES = [
     "compilation_cache_dir",

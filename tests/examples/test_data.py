@@ -5,7 +5,17 @@ import datasets
 import numpy as np
 import pytest
 import toy_bert
-from bert_finetune import data, pretrained
+from bert_finetune.data.batches import (
+    TrainData,
+    batch_lengths,
+    batch_of,
+    eval_batches,
+    prefetch,
+    survey,
+    train_batches,
+)
+from bert_finetune.data.features import Features, tokenize
+from bert_finetune.model import pretrained
 
 
 @pytest.fixture(scope="module")
@@ -13,19 +23,17 @@ def tokenizer(tmp_path_factory):
     return pretrained.read_tokenizer(toy_bert.write_model(tmp_path_factory.mktemp("m")))
 
 
-def tokenize(tokenizer, columns, max_length, **options):
+def tokenize_columns(tokenizer, columns, max_length, **options):
     dataset = datasets.Dataset.from_dict(columns)
     targets = {"labels": np.arange(len(dataset), dtype=np.int32)}
-    return data.tokenize(
-        dataset, tokenizer, list(columns), targets, max_length, **options
-    )
+    return tokenize(dataset, tokenizer, list(columns), targets, max_length, **options)
 
 
 def test_pairs_as_bert_sees_them(tokenizer):
-    features = tokenize(
+    features = tokenize_columns(
         tokenizer, {"a": ["Good film", "red " * 9], "b": ["no", "blue cat"]}, 8
     )
-    batch = data.batch_of(features, np.array([0, 1]), 2, [8])
+    batch = batch_of(features, np.array([0, 1]), 2, [8])
     tokens = [tokenizer.convert_ids_to_tokens(row) for row in batch["input_ids"]]
     assert tokens == [
         "[CLS] good film [SEP] no [SEP] [PAD] [PAD]".split(),
@@ -59,7 +67,7 @@ def test_tokens_are_cached_until_something_changes(tmp_path, tokenizer):
     targets = {"labels": np.zeros(2, np.int32)}
 
     def tokenise(length, **options):
-        return data.tokenize(dataset, counting, ["a"], targets, length, **options)
+        return tokenize(dataset, counting, ["a"], targets, length, **options)
 
     first = tokenise(8)
     again = tokenise(8)
@@ -78,13 +86,11 @@ def features_of(sizes, seed=0):
     tokens = rng.integers(1, 50, starts[-1]).astype(np.int32)
     tokens[starts[:-1]] = np.arange(len(sizes))
     labels = np.arange(len(sizes), dtype=np.int32)
-    return data.Features(
-        tokens, (tokens % 2).astype(np.int8), starts, {"labels": labels}, 0
-    )
+    return Features(tokens, (tokens % 2).astype(np.int8), starts, {"labels": labels}, 0)
 
 
 def train_data_of(sizes, batch_size, num_steps, lengths=(8,), seed=1):
-    return data.TrainData(features_of(sizes), batch_size, num_steps, lengths, seed)
+    return TrainData(features_of(sizes), batch_size, num_steps, lengths, seed)
 
 
 def seen(batch):
@@ -93,14 +99,14 @@ def seen(batch):
 
 def test_every_epoch_has_every_example_once_in_another_order():
     sizes = [3] * 10
-    batches = list(data.train_batches(train_data_of(sizes, 4, 6)))
+    batches = list(train_batches(train_data_of(sizes, 4, 6)))
     assert [len(seen(batch)) for batch in batches] == [4, 4, 2, 4, 4, 2]
     epochs = [sum(map(seen, batches[:3]), []), sum(map(seen, batches[3:]), [])]
     assert epochs[0] != epochs[1]
     assert all(collections.Counter(e) == collections.Counter(range(10)) for e in epochs)
-    again = data.train_batches(train_data_of(sizes, 4, 6))
+    again = train_batches(train_data_of(sizes, 4, 6))
     assert list(map(seen, again)) == list(map(seen, batches))
-    other = data.train_batches(train_data_of(sizes, 4, 6, seed=2))
+    other = train_batches(train_data_of(sizes, 4, 6, seed=2))
     assert list(map(seen, other)) != list(map(seen, batches))
     for batch in batches:
         assert batch["input_ids"].shape == (4, 8)
@@ -110,13 +116,13 @@ def test_every_epoch_has_every_example_once_in_another_order():
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 6])
 def test_the_order_goes_on_where_it_stopped(start):
     train_data = train_data_of([3] * 10, 4, 7)
-    whole = list(map(seen, data.train_batches(train_data)))
-    assert list(map(seen, data.train_batches(train_data, start))) == whole[start:]
+    whole = list(map(seen, train_batches(train_data)))
+    assert list(map(seen, train_batches(train_data, start))) == whole[start:]
 
 
 @pytest.mark.parametrize("max_length", [17, 32, 100, 128, 512])
 def test_lengths_rise_to_the_longest(max_length):
-    lengths = data.batch_lengths(max_length)
+    lengths = batch_lengths(max_length)
     assert lengths == sorted(set(lengths))
     assert lengths[-1] == max_length
     assert max_length > 32 or len(lengths) == 1
@@ -127,7 +133,7 @@ def test_a_batch_is_padded_to_the_smallest_length_that_holds_it():
     short = train_data_of(sizes, 3, 30, lengths=(2, 4, 8))
     fixed = short._replace(lengths=(8,))
     lengths = set()
-    batches = zip(data.train_batches(short), data.train_batches(fixed), strict=True)
+    batches = zip(train_batches(short), train_batches(fixed), strict=True)
     for batch, padded in batches:
         length = batch["input_ids"].shape[1]
         lengths.add(length)
@@ -139,8 +145,8 @@ def test_a_batch_is_padded_to_the_smallest_length_that_holds_it():
             )
         assert not np.any(padded["input_ids"][:, length:])
     assert len(lengths) > 1
-    assert data.survey(short).lengths == sorted(lengths)
-    assert data.survey(fixed).lengths == [8]
+    assert survey(short).lengths == sorted(lengths)
+    assert survey(fixed).lengths == [8]
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, 13])
@@ -148,14 +154,14 @@ def test_a_batch_is_padded_to_the_smallest_length_that_holds_it():
 def test_distinct_tokens_of_the_batches_to_come(num_steps, lengths):
     sizes = np.random.default_rng(0).integers(1, 9, 23)
     train_data = train_data_of(sizes, 4, num_steps, lengths)
-    batches = data.train_batches(train_data)
+    batches = train_batches(train_data)
     expected = max(len(np.unique(batch["input_ids"])) for batch in batches)
-    assert data.survey(train_data).max_distinct_tokens == expected
+    assert survey(train_data).max_distinct_tokens == expected
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 9])
 def test_evaluation_sees_every_example_once_in_order(size):
-    batches = list(data.eval_batches(features_of([3] * size), 4, [8]))
+    batches = list(eval_batches(features_of([3] * size), 4, [8]))
     assert all(batch["labels"].shape == (4,) for batch in batches)
     assert sum(map(seen, batches), []) == list(range(size))
 
@@ -168,7 +174,7 @@ def test_prefetching_changes_nothing_and_runs_ahead_a_little():
             made.append(threading.get_ident())
             yield i
 
-    coming = data.prefetch(numbers())
+    coming = prefetch(numbers())
     assert next(coming) == 0
     assert [0, *coming] == list(range(20))
     assert len(made) == 20
@@ -180,7 +186,7 @@ def test_an_error_while_prefetching_comes_in_its_turn():
         yield 1
         raise ValueError("the second")
 
-    coming = data.prefetch(numbers())
+    coming = prefetch(numbers())
     assert next(coming) == 1
     with pytest.raises(ValueError, match="the second"):
         next(coming)
@@ -188,7 +194,7 @@ def test_an_error_while_prefetching_comes_in_its_turn():
 
 def test_prefetching_ends_with_its_reader():
     before = threading.active_count()
-    coming = data.prefetch(iter(range(100)))
+    coming = prefetch(iter(range(100)))
     next(coming)
     coming.close()
     assert threading.active_count() == before

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from bert_finetune import model_card
+from bert_finetune.reporting import model_card
 from huggingface_hub import ModelCard
 
 LINES = [

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_bert
-from bert_finetune import modeling, pretrained, training
 from bert_finetune.errors import UserError
+from bert_finetune.model import bert, pretrained
+from bert_finetune.training.losses import classification_loss
 from transformers import BertConfig
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
 HEADS = {
-    "": (modeling.BertForSequenceClassification, ["expected_logits"]),
+    "": (bert.BertForSequenceClassification, ["expected_logits"]),
     "qa": (
-        modeling.BertForQuestionAnswering,
+        bert.BertForQuestionAnswering,
         ["expected_start_logits", "expected_end_logits"],
     ),
 }
@@ -26,11 +27,11 @@ def recorded_model(head, dtype):
     config = pretrained.read_config(directory)
     params, notes = pretrained.params_from_tensors(
         pretrained.read_tensors(directory),
-        modeling.init_params(config, model_class, 0, dtype),
+        bert.init_params(config, model_class, 0, dtype),
         directory,
     )
     assert notes == []
-    return modeling.make_apply(config, model_class, dtype), params
+    return bert.make_apply(config, model_class, dtype), params
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -59,7 +60,7 @@ def test_logits_are_those_of_torch(head, dtype, bound):
 @pytest.mark.parametrize("head", HEADS)
 def test_parameters_have_the_names_of_hugging_face(head):
     directory = REFERENCE / "bert_logits" / head
-    params = modeling.init_params(pretrained.read_config(directory), HEADS[head][0], 0)
+    params = bert.init_params(pretrained.read_config(directory), HEADS[head][0], 0)
     assert "embedding" in params["bert"]["embeddings"]["word_embeddings"]
     names = {k: v.shape for k, v in pretrained.tensors_from_params(params).items()}
     expected = pretrained.read_tensors(directory)
@@ -68,8 +69,8 @@ def test_parameters_have_the_names_of_hugging_face(head):
 
 def toy_apply(**config):
     config = BertConfig(**(toy_bert.CONFIG | config), num_labels=3)
-    model_class = modeling.BertForSequenceClassification
-    params = modeling.init_params(config, model_class, 0)
+    model_class = bert.BertForSequenceClassification
+    params = bert.init_params(config, model_class, 0)
     # Initialised biases are zero and weights small: logits would hardly differ.
     params = jax.tree.map(lambda x: x + 0.3, params)
     batch = {
@@ -77,7 +78,7 @@ def toy_apply(**config):
         "attention_mask": np.array([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]),
         "token_type_ids": np.array([[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1]]),
     }
-    return jax.jit(modeling.make_apply(config, model_class)), params, batch
+    return jax.jit(bert.make_apply(config, model_class)), params, batch
 
 
 def test_padding_is_not_seen():
@@ -96,15 +97,15 @@ def test_padding_is_not_seen():
 def test_bfloat16_is_of_the_computation_alone():
     apply, params, batch = toy_apply()
     config = BertConfig(**toy_bert.CONFIG, num_labels=3)
-    narrow = modeling.make_apply(
-        config, modeling.BertForSequenceClassification, dtype=jnp.bfloat16
+    narrow = bert.make_apply(
+        config, bert.BertForSequenceClassification, dtype=jnp.bfloat16
     )
     logits = jax.jit(narrow)(params, batch, None)
     assert logits.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         np.asarray(logits, np.float32), apply(params, batch, None), rtol=0.05
     )
-    loss_fn = training.classification_loss(narrow)
+    loss_fn = classification_loss(narrow)
     batch = {**batch, "labels": np.array([0, 2]), "weights": np.ones(2, np.float32)}
     grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, _), grads = grad_fn(params, batch, None)
@@ -127,9 +128,9 @@ def test_dropout_follows_key_and_config():
 
 def test_initialisation_follows_seed_and_config():
     config = BertConfig(**toy_bert.CONFIG | {"initializer_range": 0.5})
-    model_class = modeling.BertForSequenceClassification
+    model_class = bert.BertForSequenceClassification
     params, again, other = (
-        modeling.init_params(config, model_class, seed) for seed in (3, 3, 4)
+        bert.init_params(config, model_class, seed) for seed in (3, 3, 4)
     )
     for ours, same in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(ours, same)
@@ -152,4 +153,4 @@ def test_initialisation_follows_seed_and_config():
 )
 def test_a_config_it_cannot_follow_is_refused(entries, message):
     with pytest.raises(UserError, match=message):
-        modeling.check_config(BertConfig(**toy_bert.CONFIG | entries))
+        bert.check_config(BertConfig(**toy_bert.CONFIG | entries))

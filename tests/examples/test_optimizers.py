@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bert_finetune import optimizers
 from bert_finetune.arguments import GlueArguments, parse_arguments
 from bert_finetune.errors import UserError
+from bert_finetune.training import optimizers
 
 
 def args_of(optim="MFAC", optim_args=None, *flags):

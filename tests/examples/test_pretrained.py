@@ -5,12 +5,12 @@ import jax
 import numpy as np
 import pytest
 import toy_bert
-from bert_finetune import modeling, pretrained
 from bert_finetune.errors import UserError
+from bert_finetune.model import bert, pretrained
 from safetensors.numpy import load_file, save_file
 
-CLASSIFIER = modeling.BertForSequenceClassification
-QA = modeling.BertForQuestionAnswering
+CLASSIFIER = bert.BertForSequenceClassification
+QA = bert.BertForQuestionAnswering
 BATCH = {
     "input_ids": np.array([[2, 5, 8, 9, 3, 7, 3, 0], [2, 6, 3, 10, 11, 12, 13, 3]]),
     "attention_mask": np.array([[1] * 7 + [0], [1] * 8]),
@@ -107,7 +107,7 @@ def test_what_is_missing_is_initialised_and_said(tmp_path):
         "The checkpoint has no classification head: initialised from the seed.",
         "The checkpoint has no pooler: initialised from the seed.",
     ]
-    fresh = modeling.init_params(model.config, CLASSIFIER, 3)
+    fresh = bert.init_params(model.config, CLASSIFIER, 3)
     assert_same_params(model.params["classifier"], fresh["classifier"])
     assert_same_params(model.params["bert"]["pooler"], fresh["bert"]["pooler"])
     np.testing.assert_array_equal(
@@ -259,7 +259,7 @@ def test_transformers_loads_it_with_the_same_logits(tmp_path, model_class):
     with torch.no_grad():
         output = theirs.eval()(**{k: torch.from_numpy(v) for k, v in BATCH.items()})
     expected = output.to_tuple()
-    logits = modeling.make_apply(model.config, model_class)(model.params, BATCH, None)
+    logits = bert.make_apply(model.config, model_class)(model.params, BATCH, None)
     for ours, torchs in zip(jax.tree.leaves(logits), expected, strict=True):
         np.testing.assert_allclose(ours, torchs.numpy(), rtol=0, atol=5e-6)
     text = ("Good film", "no [SEP] cat")

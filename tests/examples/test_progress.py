@@ -2,7 +2,7 @@ import io
 import sys
 
 import pytest
-from bert_finetune.progress import Progress
+from bert_finetune.reporting.log import Progress
 
 
 class Terminal(io.StringIO):

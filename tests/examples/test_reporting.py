@@ -5,13 +5,16 @@ import sys
 
 import numpy as np
 import pytest
-from bert_finetune import metrics, reporting
 from bert_finetune.errors import UserError
+from bert_finetune.files import append_json_line, read_json_lines, write_json
+from bert_finetune.glue import metrics
+from bert_finetune.reporting.log import require_tensorboard, tensorboard
+from bert_finetune.reporting.plots import plot_bands, plot_curves, smooth
 
 
 def test_json_is_there_whole(tmp_path):
     path = tmp_path / "results.json"
-    reporting.write_json(path, {"b": 1.5, "a": 2})
+    write_json(path, {"b": 1.5, "a": 2})
     assert json.loads(path.read_text()) == {"a": 2, "b": 1.5}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -19,7 +22,7 @@ def test_json_is_there_whole(tmp_path):
 def test_json_lines_are_appended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2):
-        reporting.append_json_line(path, {"step": step})
+        append_json_line(path, {"step": step})
     lines = path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
@@ -29,16 +32,16 @@ def test_json_lines_are_read_without_a_torn_last_one(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": math.inf}]
     for line in lines:
-        reporting.append_json_line(path, line)
+        append_json_line(path, line)
     path.write_bytes(path.read_bytes() + torn)
-    assert reporting.read_json_lines(path) == lines
+    assert read_json_lines(path) == lines
 
 
 def test_torn_line_in_the_middle_is_a_mistake(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2{"step": 2}\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2 of"):
-        reporting.read_json_lines(path)
+        read_json_lines(path)
 
 
 def read_events(path):
@@ -62,7 +65,7 @@ def read_scalars(path):
 
 
 def test_tensorboard_gets_scalars(tmp_path):
-    with reporting.tensorboard(tmp_path / "runs") as write:
+    with tensorboard(tmp_path / "runs") as write:
         write({"step": 5, "epoch": 0.5, "loss": 0.75, "learning_rate": 0.25})
         write({"step": 5, "epoch": 0.5, "eval_loss": 0.5, "eval_f1": 0.25})
         write({"step": 10, "loss": math.inf})
@@ -82,7 +85,7 @@ def test_tensorboard_hides_the_steps_a_resumed_run_takes_again(tmp_path):
 
     # At once, where the library by itself would write over the first file.
     for last_step in (0, 3):
-        with reporting.tensorboard(tmp_path, last_step) as write:
+        with tensorboard(tmp_path, last_step) as write:
             for step in (last_step + 1, last_step + 2):
                 write({"step": step, "loss": float(step)})
     starts, steps = [], []
@@ -99,7 +102,7 @@ def test_tensorboard_hides_the_steps_a_resumed_run_takes_again(tmp_path):
 
 def test_tensorboard_is_closed_by_an_error(tmp_path):
     def fail():
-        with reporting.tensorboard(tmp_path) as write:
+        with tensorboard(tmp_path) as write:
             write({"step": 1, "loss": 0.5})
             raise KeyError
 
@@ -112,10 +115,10 @@ def test_tensorboard_is_closed_by_an_error(tmp_path):
 def test_tensorboard_without_the_library_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match="pip install tensorboardX"):
-        reporting.require_tensorboard()
+        require_tensorboard()
     with (
         pytest.raises(UserError, match="pip install tensorboardX"),
-        reporting.tensorboard(tmp_path / "runs"),
+        tensorboard(tmp_path / "runs"),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +127,7 @@ def test_tensorboard_without_the_library_says_what_to_install(tmp_path, monkeypa
 @pytest.mark.parametrize("length", [1, 7, 200, 1234])
 def test_smoothing_averages_every_value_once(length):
     values = np.random.default_rng(0).random(length)
-    steps, means = reporting.smooth(range(5, 5 * length + 5, 5), values)
+    steps, means = smooth(range(5, 5 * length + 5, 5), values)
     assert len(steps) == len(means) == min(length, 200)
     assert steps[-1] == 5 * length
     sizes = np.diff(steps // 5, prepend=0)
@@ -161,7 +164,7 @@ def test_curves_are_drawn_by_panel_and_run(tmp_path, drawn):
         "adamw": [{"step": 20, "loss": 0.9, "accuracy": 0.3}],
     }
     path = tmp_path / "curves.png"
-    reporting.plot_curves(path, "two runs", runs, ["accuracy", "f1"])
+    plot_curves(path, "two runs", runs, ["accuracy", "f1"])
     assert path.read_bytes().startswith(b"\x89PNG")
     loss, accuracy, f1 = drawn[0].axes
     assert curves(loss) == {
@@ -188,7 +191,7 @@ def test_curves_are_drawn_by_panel_and_run(tmp_path, drawn):
 @pytest.mark.parametrize("metrics", [[], ["accuracy", "f1"]])
 def test_curves_of_odd_runs_are_drawn(tmp_path, lines, metrics):
     path = tmp_path / "curves.png"
-    reporting.plot_curves(path, "odd", {"run": lines, "empty": []}, metrics)
+    plot_curves(path, "odd", {"run": lines, "empty": []}, metrics)
     assert path.exists()
 
 
@@ -223,7 +226,7 @@ def evaluations(values):
 def test_bands_are_over_the_seeds(tmp_path, drawn, seeds, label, means, band):
     path = tmp_path / "bands.png"
     groups = {"MFAC": [evaluations(values) for values in seeds]}
-    reporting.plot_bands(path, "seeds", groups, ["f1", "accuracy"])
+    plot_bands(path, "seeds", groups, ["f1", "accuracy"])
     assert path.read_bytes().startswith(b"\x89PNG")
     f1, accuracy = drawn[0].axes
     assert curves(accuracy) == {}
@@ -237,7 +240,7 @@ def test_bands_are_over_the_seeds(tmp_path, drawn, seeds, label, means, band):
 def test_means_in_training_are_dashed(tmp_path, drawn):
     first = [{"step": 1, "loss": 1.0}, {"step": 2, "eval_loss": 4.0}]
     groups = {"MFAC": [first, [{"step": 1, "loss": 2.0}]]}
-    reporting.plot_bands(tmp_path / "bands.png", "seeds", groups, ["loss"])
+    plot_bands(tmp_path / "bands.png", "seeds", groups, ["loss"])
     dashed, validation = drawn[0].axes[0].lines
     assert (dashed.get_linestyle(), dashed.get_xydata().tolist()) == ("--", [[1, 1.5]])
     assert validation.get_xydata().tolist() == [[2, 4]]
@@ -245,7 +248,7 @@ def test_means_in_training_are_dashed(tmp_path, drawn):
 
 def test_bands_of_a_diverged_seed_are_drawn(tmp_path):
     runs = [evaluations({1: value}) for value in (math.inf, math.nan, 1.0)]
-    reporting.plot_bands(tmp_path / "bands.png", "seeds", {"lion": runs}, ["f1"])
+    plot_bands(tmp_path / "bands.png", "seeds", {"lion": runs}, ["f1"])
 
 
 def test_metrics_of_glue():

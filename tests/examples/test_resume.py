@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import run_glue
 import toy_bert
-from bert_finetune import checkpoints, glue, training_log
 from bert_finetune.errors import Interrupted, UserError
+from bert_finetune.glue import task
+from bert_finetune.reporting.log import TrainingLog
+from bert_finetune.training import checkpoints, loop
 from safetensors.numpy import load_file
 
 NUM_STEPS = 24  # Of ten an epoch.
@@ -88,13 +90,13 @@ def test_killed_in_mid_epoch_and_resumed_to_the_bit(root, tmp_path, unbroken):
     script = f"""
         import os, signal, sys
         import run_glue
-        from bert_finetune import training_log
-        take_in = training_log.TrainingLog.step
+        from bert_finetune.reporting.log import TrainingLog
+        take_in = TrainingLog.step
         def step(self, step, metrics):
             take_in(self, step, metrics)
             if step == 17:
                 os.kill(os.getpid(), signal.SIGKILL)
-        training_log.TrainingLog.step = step
+        TrainingLog.step = step
         run_glue.main({argv})
     """
     examples = pathlib.Path(run_glue.__file__).parent
@@ -153,7 +155,7 @@ def test_a_finished_run_is_not_trained_again(root, tmp_path, unbroken):
 def test_a_signal_saves_and_says_how_to_go_on(
     root, tmp_path, unbroken, monkeypatch, number
 ):
-    take_in = training_log.TrainingLog.step
+    take_in = TrainingLog.step
 
     def step(self, step, metrics):
         take_in(self, step, metrics)
@@ -162,7 +164,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(training_log.TrainingLog, "step", step)
+        patch.setattr(TrainingLog, "step", step)
         with pytest.raises(
             Interrupted, match=r"step (\d+) of 24. It is saved in .*checkpoint-\1."
         ) as caught:
@@ -317,9 +319,7 @@ def test_a_full_disk_loses_nothing(root, tmp_path, unbroken, monkeypatch, capsys
 
 def test_divergence_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
     """Also where the loss is still finite when the parameters are not any more."""
-    from bert_finetune import training
-
-    make_train_step = training.make_train_step
+    make_train_step = loop.make_train_step
 
     def make_diverging(*args, **kwargs):
         train_step = make_train_step(*args, **kwargs)
@@ -346,7 +346,7 @@ def test_divergence_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
 
         return Diverging()
 
-    monkeypatch.setattr(training, "make_train_step", make_diverging)
+    monkeypatch.setattr(loop, "make_train_step", make_diverging)
     with pytest.raises(
         UserError,
         match=r"not finite after step 14: .*checkpoint-7 is the last good checkpoint",
@@ -359,7 +359,7 @@ def test_divergence_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
 
 def test_two_runs_in_one_directory(root, tmp_path, monkeypatch):
     errors = []
-    take_in = training_log.TrainingLog.step
+    take_in = TrainingLog.step
 
     def step(self, step, metrics):
         take_in(self, step, metrics)
@@ -368,7 +368,7 @@ def test_two_runs_in_one_directory(root, tmp_path, monkeypatch):
                 run_glue.main(command(root, tmp_path))
             errors.append(caught.value)
 
-    monkeypatch.setattr(training_log.TrainingLog, "step", step)
+    monkeypatch.setattr(TrainingLog, "step", step)
     run_glue.main(command(root, tmp_path))
     assert len(errors) == 1
 
@@ -385,9 +385,9 @@ def test_two_runs_in_one_directory(root, tmp_path, monkeypatch):
 def test_the_best_checkpoint_is_kept_and_loaded(
     root, tmp_path, monkeypatch, metric, save_steps, values, best
 ):
-    coming, evaluate = iter([*values, 0.0]), glue._evaluate
+    coming, evaluate = iter([*values, 0.0]), task._evaluate
     monkeypatch.setattr(
-        glue,
+        task,
         "_evaluate",
         lambda *args: evaluate(*args) | {f"eval_{metric}": next(coming)},
     )

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import run_glue
 import toy_bert
-from bert_finetune import optimizers, pretrained, tasks, trainer
 from bert_finetune.errors import UserError
+from bert_finetune.glue import tasks
+from bert_finetune.model import pretrained
+from bert_finetune.training import loop, optimizers
 from safetensors.numpy import load_file
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -245,7 +247,7 @@ def test_a_run_can_be_repeated_to_the_bit(root, tmp_path):
 
 def test_short_padding_changes_no_loss(root, tmp_path, monkeypatch):
     """The same batches in the same order, whatever they are padded to."""
-    monkeypatch.setattr("bert_finetune.data._LENGTHS", (12,))
+    monkeypatch.setattr("bert_finetune.data.batches._LENGTHS", (12,))
     model = toy_bert.write_model(
         tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
@@ -378,7 +380,7 @@ def test_what_the_machine_lacks_is_said_in_a_line(
     def fit(*args):
         raise error
 
-    monkeypatch.setattr(trainer, "fit", fit)
+    monkeypatch.setattr(loop, "fit", fit)
     with pytest.raises(UserError, match=message):
         run_glue.main(command(root, tmp_path, "sst2", *ADAMW, "--do_train"))
 

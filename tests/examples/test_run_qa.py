@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import run_qa
 import toy_bert
-from bert_finetune import modeling, squad_metrics
 from bert_finetune.errors import UserError
+from bert_finetune.model import bert
+from bert_finetune.squad import metrics
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -27,7 +28,7 @@ TRAINING = [
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
-    weights = toy_bert.tensors(modeling.BertForQuestionAnswering)
+    weights = toy_bert.tensors(bert.BertForQuestionAnswering)
     encoder = {k: v for k, v in weights.items() if k.startswith("bert.")}
     toy_bert.write_model(root / "model", encoder)
     toy_bert.write_squad(root / "squad_v2")
@@ -71,7 +72,7 @@ def test_trains_evaluates_and_reports(root, tmp_path):
     golds = [row["answers"]["text"] for row in rows.values()]
     assert results["eval_HasAns_total"] == sum(map(bool, golds))
     best = [next(e["text"] for e in n_best[i] if e["text"]) for i in rows]
-    expected = squad_metrics.squad_v2_metrics(
+    expected = metrics.squad_v2_metrics(
         golds,
         [predictions[i] for i in rows],
         best,
@@ -199,7 +200,7 @@ def test_files_of_ones_own(root, tmp_path):
 
 
 def test_short_padding_changes_no_loss(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bert_finetune.data._LENGTHS", (20,))
+    monkeypatch.setattr("bert_finetune.data.batches._LENGTHS", (20,))
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     toy_bert.write_model(tmp_path / "model", **no_dropout)
     losses = {}
@@ -253,7 +254,7 @@ def test_a_group_without_questions_cannot_choose_the_best(root, tmp_path):
 
 
 def test_logits_that_are_not_finite_find_no_answer(root, tmp_path):
-    weights = toy_bert.tensors(modeling.BertForQuestionAnswering)
+    weights = toy_bert.tensors(bert.BertForQuestionAnswering)
     weights["qa_outputs.bias"][0] = np.nan
     toy_bert.write_model(tmp_path / "model", weights)
     argv = command(root, tmp_path / "out", "--do_eval")

@@ -13,9 +13,10 @@ import run_glue
 import run_qa
 import run_seeds
 import toy_bert
-from bert_finetune import reporting
 from bert_finetune.arguments import GlueArguments, QaArguments, parse_arguments
 from bert_finetune.errors import Interrupted, UserError
+from bert_finetune.files import append_json_line, read_json_lines, write_json
+from bert_finetune.reporting import log
 
 SHARED = [
     *("--model_name_or_path", "somewhere/BERT_tiny/", "--task_name", "qqp"),
@@ -37,18 +38,18 @@ class FakeRunGlue:
         args = parse_arguments(GlueArguments, argv)
         directory = Path(args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        reporting.write_json(directory / "arguments.json", dataclasses.asdict(args))
+        write_json(directory / "arguments.json", dataclasses.asdict(args))
         if len(self.runs) == self.budget:
             raise Interrupted("stopped by SIGTERM.", 143)
         self.runs.append(args)
         value = accuracy(args.optim, args.seed)
         results = {"eval_accuracy": value, "eval_f1": value / 2, "eval_loss": 1 - value}
         line = {"step": 1, "epoch": 1.0, **results}
-        reporting.append_json_line(directory / "metrics.jsonl", line)
+        append_json_line(directory / "metrics.jsonl", line)
         other = dict.fromkeys(run_seeds.NOT_METRICS, 5.0) | {"runtime_mm": 5.0}
         results |= {f"eval_{name}": value for name, value in other.items()}
         results |= {"train_loss": 0.5, "epoch": 1.0}
-        reporting.write_json(directory / "all_results.json", results)
+        write_json(directory / "all_results.json", results)
         return results
 
     def plot_bands(self, path, title, groups, metrics):
@@ -60,7 +61,7 @@ class FakeRunGlue:
 def fake(monkeypatch):
     fake = FakeRunGlue()
     monkeypatch.setattr(run_glue, "main", fake.main)
-    monkeypatch.setattr(reporting, "plot_bands", fake.plot_bands)
+    monkeypatch.setattr(run_seeds, "plot_bands", fake.plot_bands)
     return fake
 
 
@@ -323,11 +324,11 @@ def test_questions_and_answers(monkeypatch, tmp_path):
         args = parse_arguments(QaArguments, argv)
         directory = Path(args.output_dir)
         directory.mkdir(parents=True)
-        reporting.write_json(directory / "arguments.json", dataclasses.asdict(args))
+        write_json(directory / "arguments.json", dataclasses.asdict(args))
         line = {"step": 1, "eval_exact": 50.0 + args.seed, "eval_f1": 60.0}
-        reporting.append_json_line(directory / "metrics.jsonl", line)
+        append_json_line(directory / "metrics.jsonl", line)
         details = {"eval_total": 9, "eval_HasAns_f1": 1.0, "eval_best_f1_thresh": 2.0}
-        reporting.write_json(directory / "all_results.json", line | details)
+        write_json(directory / "all_results.json", line | details)
 
     monkeypatch.setattr(run_qa, "main", main)
     argv = ["--script", "run_qa", "--optims", "MFAC", "adamw", "--seeds", "3", "--"]
@@ -363,7 +364,7 @@ def test_real_runs_interrupted_and_continued(tmp_path, monkeypatch):
         *("--max_seq_length", "8", "--pad_to_max_length", "--logging_steps", "1"),
         *("--per_device_train_batch_size", "16", "--num_train_epochs", "2"),
     ]
-    append = reporting.append_json_line
+    append = append_json_line
 
     def interrupt_the_third_run(path, content):
         append(path, content)
@@ -371,7 +372,7 @@ def test_real_runs_interrupted_and_continued(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reporting, "append_json_line", interrupt_the_third_run)
+        patch.setattr(log, "append_json_line", interrupt_the_third_run)
         with pytest.raises(Interrupted, match=r"SIGINT .*continues the grid"):
             run_seeds.main(argv)
     runs = [root / o / f"seed-{s}" for s in (0, 1) for o in ("MFAC", "adamw")]
@@ -381,7 +382,7 @@ def test_real_runs_interrupted_and_continued(tmp_path, monkeypatch):
     run_seeds.main(argv)
     assert before == [(run / "metrics.jsonl").read_bytes() for run in runs[:2]]
     for run in runs:
-        lines = reporting.read_json_lines(run / "metrics.jsonl")
+        lines = read_json_lines(run / "metrics.jsonl")
         assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
         assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
     cells = table((root / "seeds.md").read_text(encoding="utf-8"))

@@ -3,9 +3,10 @@ import json
 import datasets
 import pytest
 import toy_bert
-from bert_finetune import hub, squad
+from bert_finetune import hub
 from bert_finetune.arguments import QaArguments, parse_arguments
 from bert_finetune.errors import UserError
+from bert_finetune.squad.questions import load_split
 
 ROWS = toy_bert.questions(12, with_negative=True)
 
@@ -18,7 +19,7 @@ def arguments(*flags, with_negative=True):
 
 def load(path, split="train", max_samples=None, **options):
     args = arguments(f"--{split}_file={path}", f"--train_file={path}", **options)
-    return squad.load_split(args, split, max_samples)
+    return load_split(args, split, max_samples)
 
 
 def write_json(path, content):
@@ -69,16 +70,16 @@ def test_directories_in_the_layout_of_the_hub(tmp_path):
     toy_bert.write_squad(tmp_path, num_train=5)
     for directory in (tmp_path, tmp_path / "squad_v2"):
         args = arguments(f"--dataset_name={directory}")
-        assert len(squad.load_split(args, "train", None).dataset) == 5
+        assert len(load_split(args, "train", None).dataset) == 5
     args = arguments(f"--dataset_name={tmp_path}")
-    assert len(squad.load_split(args, "validation", 3).dataset) == 3
+    assert len(load_split(args, "validation", 3).dataset) == 3
     with pytest.raises(UserError, match=r"no \*/test-\*\.parquet in "):
-        squad.load_split(args, "test", None)
+        load_split(args, "test", None)
     toy_bert.write_squad(tmp_path, num_train=6, with_negative=False)
     with pytest.raises(UserError, match=r"more than one folder: give one of them"):
-        squad.load_split(args, "train", None)
+        load_split(args, "train", None)
     args = arguments(f"--dataset_name={tmp_path}", "--dataset_config_name=plain_text")
-    assert len(squad.load_split(args, "train", None).dataset) == 6
+    assert len(load_split(args, "train", None).dataset) == 6
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_short_names_go_where_the_hub_has_them(tmp_path, monkeypatch, name, hub_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    squad.load_split(arguments(f"--dataset_name={name}"), "train", None)
+    load_split(arguments(f"--dataset_name={name}"), "train", None)
     assert asked == [(hub_id, None, "train")]
 
 
@@ -207,7 +208,7 @@ def test_configurations_of_the_hub_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = r"several configurations: give --dataset_config_name. .*\['fi', 'ko'\]"
     with pytest.raises(UserError, match=message):
-        squad.load_split(arguments("--dataset_name=someone/qa"), "train", None)
+        load_split(arguments("--dataset_name=someone/qa"), "train", None)
 
 
 def test_columns_of_other_files_are_checked(tmp_path):

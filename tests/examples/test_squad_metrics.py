@@ -3,7 +3,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from bert_finetune import squad_metrics
+from bert_finetune.squad import metrics
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference" / "squad_metrics.json"
 
@@ -22,19 +22,19 @@ REFERENCE = pathlib.Path(__file__).parents[1] / "reference" / "squad_metrics.jso
     ],
 )
 def test_scores_worked_out_by_hand(answer, prediction, exact, f1):
-    assert squad_metrics.exact_match(answer, prediction) == exact
-    assert squad_metrics.f1(answer, prediction) == pytest.approx(f1)
+    assert metrics.exact_match(answer, prediction) == exact
+    assert metrics.f1(answer, prediction) == pytest.approx(f1)
 
 
 def test_version_1_by_hand():
     answers = [["red cat", "cat"], ["blue dog"], ["one two three four"]]
-    values = squad_metrics.squad_metrics(answers, ["The Cat", "dog", "five"])
+    values = metrics.squad_metrics(answers, ["The Cat", "dog", "five"])
     assert values == pytest.approx({"exact_match": 100 / 3, "f1": 100 * (5 / 3) / 3})
 
 
 def test_version_2_by_hand():
     """Four questions, of which two have an answer."""
-    values = squad_metrics.squad_v2_metrics(
+    values = metrics.squad_v2_metrics(
         [["red cat", "cat"], ["blue dog"], [], []],
         ["cat", "", "", "dog"],
         ["cat", "dog", "red", "dog"],
@@ -55,17 +55,17 @@ def test_version_2_by_hand():
 
 def test_without_words_the_other_side_has_to_be_without_them():
     answers, texts = [["red"], [], ["the"]], ["the", "an", "a"]
-    values = squad_metrics.squad_v2_metrics(answers, texts, texts, [0.0] * 3)
+    values = metrics.squad_v2_metrics(answers, texts, texts, [0.0] * 3)
     # "the" is among the answers, although nothing is left of it.
     assert (values["HasAns_f1"], values["HasAns_total"]) == (50, 2)
     assert (values["NoAns_f1"], values["NoAns_total"]) == (100, 1)
 
 
 def test_all_answered_or_none():
-    values = squad_metrics.squad_v2_metrics([["red"]], ["red"], ["red"], [7.0])
+    values = metrics.squad_v2_metrics([["red"]], ["red"], ["red"], [7.0])
     assert not any(name.startswith("NoAns") for name in values)
     assert (values["best_exact"], values["best_exact_thresh"]) == (100, 7)
-    values = squad_metrics.squad_v2_metrics([[]], [""], ["red"], [7.0])
+    values = metrics.squad_v2_metrics([[]], [""], ["red"], [7.0])
     assert not any(name.startswith("HasAns") for name in values)
     # Every question stays unanswered below the lowest odds.
     assert (values["best_f1"], values["best_f1_thresh"] < 7) == (100, True)
@@ -78,22 +78,22 @@ def test_the_best_threshold_is_the_best_of_all():
     best_texts = [" ".join(rng.choice(words, 2)) for _ in answers]
     odds = rng.integers(-5, 6, len(answers)) / 2  # Many are equal.
 
-    def metrics(threshold):
+    def at(threshold):
         predictions = np.where(odds > threshold, "", best_texts).tolist()
-        return squad_metrics.squad_v2_metrics(answers, predictions, best_texts, odds)
+        return metrics.squad_v2_metrics(answers, predictions, best_texts, odds)
 
-    found = metrics(0.0)
+    found = at(0.0)
     for name in ("exact", "f1"):
-        best = max(metrics(threshold)[name] for threshold in [-9, *odds])
+        best = max(at(threshold)[name] for threshold in [-9, *odds])
         assert found[f"best_{name}"] == pytest.approx(best)
         threshold = found[f"best_{name}_thresh"]
-        assert metrics(threshold)[name] == pytest.approx(best)
+        assert at(threshold)[name] == pytest.approx(best)
         assert found[name] < best
 
 
 def test_the_evaluation_of_transformers_4_finds_the_same():
     recorded = json.loads(REFERENCE.read_text())
-    values = squad_metrics.squad_v2_metrics(
+    values = metrics.squad_v2_metrics(
         *(recorded[k] for k in ("answers", "predictions", "best_texts", "null_odds"))
     )
     assert values == pytest.approx(recorded["squad_v2"], abs=1e-9)
@@ -103,7 +103,7 @@ def test_torchmetrics_finds_the_same():
     recorded = json.loads(REFERENCE.read_text())
     # Of an answer without words it takes the F1 of version 2.
     chosen = [i for i, t in enumerate(recorded["answers"]) if t and "the" not in t]
-    values = squad_metrics.squad_metrics(
+    values = metrics.squad_metrics(
         *([recorded[name][i] for i in chosen] for name in ("answers", "predictions"))
     )
     assert values == pytest.approx(recorded["squad"], rel=1e-6)  # It is in float32.

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import toy_bert
-from bert_finetune import splits, tasks
 from bert_finetune.arguments import GlueArguments, parse_arguments
 from bert_finetune.errors import UserError
+from bert_finetune.glue import splits, tasks
 from transformers import BertConfig
 
 TEXTS = {"sentence1": ["good film", "bad", "no"], "sentence2": ["a", "null", "NA"]}

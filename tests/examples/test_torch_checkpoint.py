@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import toy_bert
 from bert_finetune.errors import UserError
-from bert_finetune.torch_checkpoint import read_torch_checkpoint
+from bert_finetune.model.torch_checkpoint import read_torch_checkpoint
 
 
 @pytest.fixture

@@ -6,8 +6,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bert_finetune import data, modeling, optimizers, pretrained, training
 from bert_finetune.arguments import GlueArguments, parse_arguments
+from bert_finetune.data.batches import batch_of, eval_batches
+from bert_finetune.data.features import Features
+from bert_finetune.model import bert, pretrained
+from bert_finetune.training import optimizers
+from bert_finetune.training.losses import (
+    classification_loss,
+    regression_loss,
+    span_loss,
+)
+from bert_finetune.training.steps import (
+    Diverged,
+    MetricsQueue,
+    check_finite,
+    compile_for_lengths,
+    init_state,
+    make_eval_step,
+    make_span_step,
+    make_train_step,
+    predict,
+)
 
 import mfac_jax
 
@@ -16,23 +35,23 @@ MICRO = pathlib.Path(__file__).parents[1] / "reference" / "bert_micro"
 
 def micro_losses(optimizer, dtype, num_steps):
     """Trains the recorded model through the trainer's own step."""
-    model_class = modeling.BertForSequenceClassification
+    model_class = bert.BertForSequenceClassification
     config = pretrained.read_config(MICRO)
     params, _ = pretrained.params_from_tensors(
         pretrained.read_tensors(MICRO),
-        modeling.init_params(config, model_class, 0, dtype),
+        bert.init_params(config, model_class, 0, dtype),
         MICRO,
     )
-    apply = modeling.make_apply(config, model_class, dtype)
-    loss_fn, traces = training.classification_loss(apply), []
+    apply = bert.make_apply(config, model_class, dtype)
+    loss_fn, traces = classification_loss(apply), []
 
     def traced_loss_fn(*args):
         traces.append(args)
         return loss_fn(*args)
 
-    step = training.make_train_step(traced_loss_fn, optimizer)
+    step = make_train_step(traced_loss_fn, optimizer)
     recorded = dict(np.load(MICRO / "batches.npz"))
-    state = training.init_state(params, optimizer, seed=0)
+    state = init_state(params, optimizer, seed=0)
     losses = []
     for i in range(num_steps):
         batch = {name: column[i % 6] for name, column in recorded.items()}
@@ -76,7 +95,7 @@ def features_of(inputs, labels):
     labels = np.asarray(labels)
     if np.issubdtype(labels.dtype, np.integer):
         labels = labels.astype(np.int32)
-    return data.Features(
+    return Features(
         np.asarray(inputs, np.int32),
         np.zeros(len(inputs), np.int8),
         np.arange(len(inputs) + 1),
@@ -85,16 +104,16 @@ def features_of(inputs, labels):
     )
 
 
-def batch_of(inputs, labels, batch_size):
+def toy_batch(inputs, labels, batch_size):
     features = features_of(inputs, labels)
-    return data.batch_of(features, np.arange(len(inputs)), batch_size, [1])
+    return batch_of(features, np.arange(len(inputs)), batch_size, [1])
 
 
 def test_rows_that_fill_up_a_batch_do_not_count():
-    loss_fn = training.classification_loss(apply_scalar)
+    loss_fn = classification_loss(apply_scalar)
     params = {"w": jnp.float32(0.5)}
-    full, metrics = loss_fn(params, batch_of([1, 2, 3], [1, 0, 0], 3), None)
-    padded, padded_metrics = loss_fn(params, batch_of([1, 2, 3], [1, 0, 0], 8), None)
+    full, metrics = loss_fn(params, toy_batch([1, 2, 3], [1, 0, 0], 3), None)
+    padded, padded_metrics = loss_fn(params, toy_batch([1, 2, 3], [1, 0, 0], 8), None)
     expected = np.mean(
         [np.log1p(np.exp(-0.5)), np.log1p(np.exp(1.0)), np.log1p(np.exp(1.5))]
     )
@@ -104,10 +123,10 @@ def test_rows_that_fill_up_a_batch_do_not_count():
 
 
 def test_predictions_are_in_order_and_once_each():
-    losses, predictions = training.predict(
+    losses, predictions = predict(
         {"w": jnp.float32(1.0)},
-        training.make_eval_step(apply_scalar),
-        data.eval_batches(features_of([3, -2, 5, -1, 4], [1, 0, 0, 0, 1]), 2, [1]),
+        make_eval_step(apply_scalar),
+        eval_batches(features_of([3, -2, 5, -1, 4], [1, 0, 0, 0, 1]), 2, [1]),
         5,
     )
     assert predictions.tolist() == [1, 0, 1, 0, 1]
@@ -142,11 +161,11 @@ def test_an_answer_is_two_positions():
         (cross_entropy(second, 0) + cross_entropy(second / 2, 2)) / 2,
     ]
     params = {"w": jnp.bfloat16(1.0)}
-    loss, metrics = training.span_loss(apply)(params, batch, None)
+    loss, metrics = span_loss(apply)(params, batch, None)
     assert loss.dtype == jnp.float32
     assert loss == pytest.approx(np.mean(expected), rel=1e-6)
     assert not metrics
-    starts, ends = training.make_span_step(apply)(params, batch)
+    starts, ends = make_span_step(apply)(params, batch)
     np.testing.assert_array_equal(starts, tokens.astype(np.float32))
     np.testing.assert_array_equal(ends, tokens.astype(np.float32) / 2)
 
@@ -156,15 +175,13 @@ def test_a_regression_is_squared_error():
         return (params["w"] * batch["input_ids"]).astype(jnp.bfloat16)
 
     params, labels = {"w": jnp.float32(0.5)}, np.array([1.5, 1.0], np.float32)
-    loss, metrics = training.regression_loss(apply)(
-        params, batch_of([2, 4], labels, 5), None
-    )
+    loss, metrics = regression_loss(apply)(params, toy_batch([2, 4], labels, 5), None)
     assert loss == pytest.approx((0.5**2 + 1.0**2) / 2)
     assert not metrics
-    losses, predictions = training.predict(
+    losses, predictions = predict(
         params,
-        training.make_eval_step(apply, is_regression=True),
-        data.eval_batches(features_of([2, 4], labels), 3, [1]),
+        make_eval_step(apply, is_regression=True),
+        eval_batches(features_of([2, 4], labels), 3, [1]),
         2,
     )
     assert losses.tolist() == [0.25, 1.0]
@@ -173,16 +190,14 @@ def test_a_regression_is_squared_error():
 
 def train_scalar(optimizer, batches, *, schedule=None, **options):
     records = []
-    state = training.init_state({"w": jnp.float32(0.0)}, optimizer, seed=0)
-    step_fn = training.make_train_step(
-        training.classification_loss(apply_scalar),
+    state = init_state({"w": jnp.float32(0.0)}, optimizer, seed=0)
+    step_fn = make_train_step(
+        classification_loss(apply_scalar),
         optimizer,
         schedule=schedule,
         **options,
     )
-    queue = training.MetricsQueue(
-        lambda step, metrics: records.append((step, dict(metrics)))
-    )
+    queue = MetricsQueue(lambda step, metrics: records.append((step, dict(metrics))))
     for step, batch in enumerate(batches, start=1):
         state, metrics = step_fn(state, batch)
         queue.put(step, metrics)
@@ -191,7 +206,7 @@ def train_scalar(optimizer, batches, *, schedule=None, **options):
 
 
 def test_every_step_is_reported_once_in_order():
-    batches = [batch_of([1, -1], [1, 0], 2)] * 40
+    batches = [toy_batch([1, -1], [1, 0], 2)] * 40
     state, records = train_scalar(
         optax.sgd(0.1), batches, schedule=lambda step: 0.1 * step
     )
@@ -209,7 +224,7 @@ def test_accumulation_averages_over_all_examples(size):
     """As one forward pass over all of them, also where a part is short or empty."""
     rng = np.random.default_rng(0)
     inputs, labels = rng.integers(-5, 5, size), rng.integers(0, 2, size)
-    batches = [batch_of(inputs, labels, 12)] * 5
+    batches = [toy_batch(inputs, labels, 12)] * 5
     results = [
         train_scalar(optax.sgd(0.1), batches, accumulation_steps=steps)
         for steps in (1, 4)
@@ -221,7 +236,7 @@ def test_accumulation_averages_over_all_examples(size):
 
 
 def test_the_state_of_mfac_is_reported():
-    batches = [batch_of([1, -1], [1, 0], 2)] * 3
+    batches = [toy_batch([1, -1], [1, 0], 2)] * 3
     _, records = train_scalar(mfac_jax.mfac(0.1, num_grads=2, damp=0.1), batches)
     assert records[-1][1]["damp"] == pytest.approx(0.1)
     for name in ("num_raised", "num_rejected", "num_saturated"):
@@ -230,19 +245,17 @@ def test_the_state_of_mfac_is_reported():
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
-    batches = [batch_of([1, -1], [0, 1], 2)] * 40
-    with pytest.raises(training.Diverged, match="step 2: training has diverged"):
+    batches = [toy_batch([1, -1], [0, 1], 2)] * 40
+    with pytest.raises(Diverged, match="step 2: training has diverged"):
         train_scalar(optax.sgd(float("inf")), batches)
 
 
 def test_parameters_that_are_not_finite_are_an_error():
-    state = training.init_state(
-        {"a": jnp.ones(2), "b": jnp.ones(2)}, optax.sgd(1.0), seed=0
-    )
-    training.check_finite(state)
+    state = init_state({"a": jnp.ones(2), "b": jnp.ones(2)}, optax.sgd(1.0), seed=0)
+    check_finite(state)
     bad = state._replace(params={"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])})
-    with pytest.raises(training.Diverged, match="after step 0"):
-        training.check_finite(bad)
+    with pytest.raises(Diverged, match="after step 0"):
+        check_finite(bad)
 
 
 def test_all_lengths_are_compiled_before_the_first_step():
@@ -257,13 +270,13 @@ def test_all_lengths_are_compiled_before_the_first_step():
         starts=np.array([0, 1, 2, 6])
     )
     optimizer = optax.sgd(0.1)
-    state = training.init_state({"w": jnp.float32(0.0)}, optimizer, seed=0)
+    state = init_state({"w": jnp.float32(0.0)}, optimizer, seed=0)
     batches = [
-        data.batch_of(features, indices, 2, [1, 4])
+        batch_of(features, indices, 2, [1, 4])
         for indices in (np.array([0, 1]), np.array([1, 2]))
     ]
-    step_fn = training.compile_for_lengths(
-        training.make_train_step(training.classification_loss(apply), optimizer),
+    step_fn = compile_for_lengths(
+        make_train_step(classification_loss(apply), optimizer),
         jax.eval_shape(lambda: state),
         batches[0],
         [1, 4],
@@ -293,7 +306,7 @@ def test_the_host_runs_ahead_of_the_device():
             "device_get",
             lambda tree: device_get({k: v.value for k, v in tree.items()}),
         )
-        queue = training.MetricsQueue(lambda step, metrics: ready.append(step))
+        queue = MetricsQueue(lambda step, metrics: ready.append(step))
         for step in range(1, 51):
             dispatched.append(len(ready))
             queue.put(step, {"loss": Later()})

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from bert_finetune import sources
 from bert_finetune.arguments import QaArguments
+from bert_finetune.data import sources
 from bert_finetune.errors import UserError
 
 # Names that the hub no longer has, as published commands give them.

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow.types
 from transformers import BertConfig
 
-from bert_finetune import sources
 from bert_finetune.arguments import GlueArguments
+from bert_finetune.data import sources
 from bert_finetune.errors import UserError
-from bert_finetune.tasks import TASKS, Task, task_of_files
+from bert_finetune.glue.tasks import TASKS, Task, task_of_files
 
 LABEL = "label"
 

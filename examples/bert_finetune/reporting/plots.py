@@ -1,114 +1,14 @@
-"""What a run leaves in its output directory beside the model."""
+"""Curves of a run, and of several."""
 
 import contextlib
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bert_finetune.errors import UserError
-
 # Points of a curve; longer runs are averaged in as many pieces.
 _MAX_POINTS = 200
-# Seconds that a running TensorBoard is behind at most, and that a killed run loses.
-_TENSORBOARD_SECONDS = 10
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n")
-    os.replace(partial, path)
-
-
-def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
-    """Appends one line to a `.jsonl` file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(content) + "\n")
-
-
-def write_json_lines(path: Path, contents: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a `.jsonl` file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(content) + "\n" for content in contents))
-    os.replace(partial, path)
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a `.jsonl` file, without a last line that a killed run left torn.
-
-    Raises:
-      UserError: if a line before the last is not an object in JSON.
-    """
-    lines = path.read_bytes().splitlines()
-    contents = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            content = json.loads(line)
-        except ValueError:
-            content = None
-        if isinstance(content, dict):
-            contents.append(content)
-        elif number < len(lines):
-            raise UserError(f"line {number} of {path} is not an object in JSON.")
-    return contents
-
-
-def require_tensorboard() -> None:
-    """Checks that TensorBoard's files can be written, before anything else is done.
-
-    Raises:
-      UserError: if the library is not installed.
-    """
-    try:
-        import tensorboardX  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "--report_to tensorboard needs tensorboardX: pip install tensorboardX"
-        ) from None
-
-
-@contextlib.contextmanager
-def tensorboard(
-    directory: Path, last_step: int = 0
-) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Opens a directory for TensorBoard; yields what writes a line of `metrics.jsonl`.
-
-    Names that start with ``eval_`` become scalars under ``eval/``, all others under
-    ``train/``.
-
-    Args:
-      directory: made if it is not there.
-      last_step: what the directory holds of later steps is hidden: the step a resumed
-        run starts from, or 0 for a run that starts anew.
-
-    Raises:
-      UserError: if the library is not installed.
-    """
-    require_tensorboard()
-    from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(
-        str(directory),
-        purge_step=last_step + 1,
-        flush_secs=_TENSORBOARD_SECONDS,
-        # The library's own names repeat within a second, and it overwrites.
-        filename_suffix=f".{time.time_ns()}",
-    )
-
-    def write(line: Mapping[str, float]) -> None:
-        for name, value in line.items():
-            if name != "step":
-                kind = "eval" if name.startswith("eval_") else "train"
-                tag = f"{kind}/{name.removeprefix('eval_')}"
-                writer.add_scalar(tag, value, int(line["step"]))
-
-    with writer:
-        yield write
 
 
 def smooth(

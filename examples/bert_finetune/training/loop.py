@@ -14,20 +14,23 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bert_finetune import (
-    checkpoints,
-    data,
-    modeling,
-    optimizers,
-    pretrained,
-    reporting,
-    training,
-)
 from bert_finetune.arguments import Arguments
+from bert_finetune.data.batches import TrainData, prefetch, train_batches
 from bert_finetune.errors import Interrupted, UserError
-from bert_finetune.output_dir import begin
-from bert_finetune.progress import Progress
-from bert_finetune.training_log import TrainingLog
+from bert_finetune.model import bert, pretrained
+from bert_finetune.reporting.log import Progress, TrainingLog, tensorboard
+from bert_finetune.training import checkpoints, optimizers
+from bert_finetune.training.losses import LossFn
+from bert_finetune.training.output_dir import begin
+from bert_finetune.training.steps import (
+    Diverged,
+    MetricsQueue,
+    TrainState,
+    check_finite,
+    compile_for_lengths,
+    init_state,
+    make_train_step,
+)
 
 # Flags that a run may change when it is resumed: what it trains on, and how, stays. The
 # optimizer's are compared as the hyper-parameters that they result in.
@@ -58,12 +61,12 @@ class Run(NamedTuple):
 
     args: Arguments
     model: pretrained.Pretrained
-    model_class: modeling.ModelClass
-    loss_fn: training.LossFn
+    model_class: bert.ModelClass
+    loss_fn: LossFn
     optimizer: optimizers.Optimizer
-    train_data: data.TrainData
+    train_data: TrainData
     lengths: list[int]
-    evaluate: Callable[[modeling.Params], dict[str, float]] | None
+    evaluate: Callable[[bert.Params], dict[str, float]] | None
 
 
 class Trained(NamedTuple):
@@ -75,7 +78,7 @@ class Trained(NamedTuple):
       eval_results: likewise; empty without an evaluation.
     """
 
-    params: modeling.Params
+    params: bert.Params
     train_results: dict[str, float]
     eval_results: dict[str, float]
 
@@ -94,24 +97,24 @@ def fit(run: Run, output_dir: Path, resume_from: list[Path]) -> Trained:
     """
     args, train_data = run.args, run.train_data
     num_steps, steps_per_epoch = train_data.num_steps, train_data.steps_per_epoch
-    init_state = functools.partial(
-        training.init_state,
+    new_state = functools.partial(
+        init_state,
         run.model.params,
         run.optimizer.transformation,
         args.seed,
     )
-    state, saved = _resume(run, output_dir, resume_from, init_state)
+    state, saved = _resume(run, output_dir, resume_from, new_state)
     start = int(state.step)
     begin(args, output_dir)
-    train_step = training.compile_for_lengths(
-        training.make_train_step(
+    train_step = compile_for_lengths(
+        make_train_step(
             run.loss_fn,
             run.optimizer.transformation,
             schedule=run.optimizer.schedule,
             accumulation_steps=args.gradient_accumulation_steps,
         ),
-        jax.eval_shape(init_state),
-        next(data.train_batches(train_data)),
+        jax.eval_shape(new_state),
+        next(train_batches(train_data)),
         run.lengths,
     )
     if not args.save_window and (size := checkpoints.window_nbytes(state)):
@@ -121,7 +124,7 @@ def fit(run: Run, output_dir: Path, resume_from: list[Path]) -> Trained:
         )
     with contextlib.ExitStack() as stack:
         write_tensorboard = stack.enter_context(
-            reporting.tensorboard(output_dir / "runs", start)
+            tensorboard(output_dir / "runs", start)
             if args.report_to == "tensorboard"
             else contextlib.nullcontext(lambda line: None)
         )
@@ -139,7 +142,7 @@ def fit(run: Run, output_dir: Path, resume_from: list[Path]) -> Trained:
             params, seconds = _take_steps(
                 run, output_dir, train_step, state, log, saved
             )
-        except training.Diverged as error:
+        except Diverged as error:
             good = checkpoints.find_checkpoints(output_dir, up_to=error.step)
             kept = f"{good[0]} is the last good checkpoint." if good else ""
             raise UserError(f"{error} {kept}") from None
@@ -164,10 +167,10 @@ def _take_steps(
     run: Run,
     output_dir: Path,
     train_step: Callable[..., Any],
-    state: training.TrainState,
+    state: TrainState,
     log: TrainingLog,
     saved: Mapping[str, Any],
-) -> tuple[modeling.Params, float]:
+) -> tuple[bert.Params, float]:
     """Saves and returns the last parameters, or the best, and the seconds it took.
 
     Evaluations and checkpoints wait for the steps before them, and see what these have
@@ -177,9 +180,9 @@ def _take_steps(
     start = int(state.step)
     best = _still_best(args, output_dir, saved.get("best"))
     began = time.perf_counter() - saved.get("seconds", 0.0)
-    queue = training.MetricsQueue(log.step)
+    queue = MetricsQueue(log.step)
     with _stop_signals() as stop_signals:
-        batches = data.prefetch(data.train_batches(run.train_data, start))
+        batches = prefetch(train_batches(run.train_data, start))
         for step, batch in enumerate(batches, start + 1):
             state, metrics = train_step(state, batch)
             queue.put(step, metrics)
@@ -188,7 +191,7 @@ def _take_steps(
             if not (eval_due or save_due or stop_signals):
                 continue
             queue.flush()
-            training.check_finite(state)
+            check_finite(state)
             better = best
             # The last parameters are evaluated in any case, after this.
             if eval_due and (step < num_steps or args.load_best_model_at_end):
@@ -209,7 +212,7 @@ def _take_steps(
                 if stop_signals:
                     raise _interrupted(stop_signals[0], step, run, saved_to)
         queue.flush()
-        training.check_finite(state)
+        check_finite(state)
         params = state.params
         if best is not None:
             params = _load_best(output_dir, params, best)
@@ -222,7 +225,7 @@ def _take_steps(
 def _save_checkpoint(
     run: Run,
     output_dir: Path,
-    state: training.TrainState,
+    state: TrainState,
     trainer_state: Mapping[str, Any],
 ) -> Path | None:
     try:
@@ -251,8 +254,8 @@ def _resume(
     run: Run,
     output_dir: Path,
     candidates: list[Path],
-    init_state: Callable[[], training.TrainState],
-) -> tuple[training.TrainState, Mapping[str, Any]]:
+    init_state: Callable[[], TrainState],
+) -> tuple[TrainState, Mapping[str, Any]]:
     checkpoints.clean_up(output_dir)
     for path in candidates:
         try:
@@ -332,15 +335,15 @@ def _better(
 
 
 def _load_best(
-    output_dir: Path, params: modeling.Params, best: Mapping[str, Any]
-) -> modeling.Params:
+    output_dir: Path, params: bert.Params, best: Mapping[str, Any]
+) -> bert.Params:
     path = output_dir / best["checkpoint"]
     tensors = pretrained.read_tensors(path)
     print(f"The best model is that of {path}.")
     return pretrained.params_from_tensors(tensors, params, path)[0]
 
 
-def _save_model(run: Run, params: modeling.Params, directory: Path) -> None:
+def _save_model(run: Run, params: bert.Params, directory: Path) -> None:
     model = run.model
     pretrained.save_pretrained(
         directory, params, model.config, model.tokenizer, run.model_class

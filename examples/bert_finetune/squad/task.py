@@ -10,23 +10,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from bert_finetune import (
-    answers,
-    chunks,
-    data,
-    hub,
-    modeling,
-    pretrained,
-    reporting,
-    squad,
-    squad_metrics,
-    training,
-    workflow,
-)
+from bert_finetune import finetune, hub
 from bert_finetune.arguments import QaArguments
+from bert_finetune.data.batches import eval_batches, prefetch
+from bert_finetune.data.features import Features
 from bert_finetune.errors import UserError
+from bert_finetune.files import write_json
+from bert_finetune.model import bert, pretrained
+from bert_finetune.squad import answers, chunks, metrics
+from bert_finetune.squad.questions import Questions, full_name, load_split
+from bert_finetune.training.losses import span_loss
+from bert_finetune.training.steps import make_span_step
 
-_MODEL_CLASS = modeling.BertForQuestionAnswering
+_MODEL_CLASS = bert.BertForQuestionAnswering
 _METRICS = {False: ["exact_match", "f1"], True: ["exact", "f1"]}
 # What else of an evaluation the best model may be chosen by.
 _GROUPS = ["HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1"]
@@ -39,12 +35,12 @@ class Reader(NamedTuple):
       args: the flags.
       model: as read.
       apply: the model as a function.
-      span_step: from :func:`training.make_span_step`.
+      span_step: from :func:`make_span_step`.
     """
 
     args: QaArguments
     model: pretrained.Pretrained
-    apply: modeling.Apply
+    apply: bert.Apply
     span_step: Callable[..., Any]
 
 
@@ -60,7 +56,7 @@ def run(args: QaArguments, command: str) -> dict[str, float]:
     """
     reader = _load_reader(args)
     train_set, eval_set, test_set = (
-        squad.load_split(args, split, max_samples) if wanted else None
+        load_split(args, split, max_samples) if wanted else None
         for split, wanted, max_samples in (
             ("train", args.do_train, args.max_train_samples),
             ("validation", args.do_eval, args.max_eval_samples),
@@ -71,11 +67,11 @@ def run(args: QaArguments, command: str) -> dict[str, float]:
         _check_group_of_best_metric(args, eval_set)
     train_run = None
     if train_set is not None:
-        train_run = workflow.plan_training(
+        train_run = finetune.plan_training(
             args,
             reader.model,
             _MODEL_CLASS,
-            training.span_loss(reader.apply),
+            span_loss(reader.apply),
             functools.partial(_train_features, reader, train_set),
         )
     evaluate = predict = None
@@ -85,7 +81,7 @@ def run(args: QaArguments, command: str) -> dict[str, float]:
         )
     if test_set is not None:
         predict = functools.partial(_predict, reader, test_set, _cut(reader, test_set))
-    return workflow.run(
+    return finetune.run(
         args,
         command,
         reader.model,
@@ -107,14 +103,14 @@ def _load_reader(args: QaArguments) -> Reader:
     known = _METRICS[args.version_2_with_negative]
     if args.version_2_with_negative:
         known = known + _GROUPS
-    workflow.check_flags(args, model, known)
-    apply = modeling.make_apply(
+    finetune.check_flags(args, model, known)
+    apply = bert.make_apply(
         model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
     )
-    return Reader(args, model, apply, training.make_span_step(apply))
+    return Reader(args, model, apply, make_span_step(apply))
 
 
-def _check_group_of_best_metric(args: QaArguments, eval_set: squad.Questions) -> None:
+def _check_group_of_best_metric(args: QaArguments, eval_set: Questions) -> None:
     group = args.metric_for_best_model.removeprefix("eval_").split("_")[0]
     wanted = {"HasAns": True, "NoAns": False}.get(group)
     if wanted is not None and wanted not in map(bool, eval_set.answers()):
@@ -124,17 +120,17 @@ def _check_group_of_best_metric(args: QaArguments, eval_set: squad.Questions) ->
         )
 
 
-def _report(args: QaArguments) -> workflow.Report:
-    return workflow.Report(
+def _report(args: QaArguments) -> finetune.Report:
+    return finetune.Report(
         args.data_name,
-        args.train_file or squad.full_name(args.dataset_name or ""),
+        args.train_file or full_name(args.dataset_name or ""),
         args.dataset_config_name,
         _METRICS[args.version_2_with_negative],
         "question-answering",
     )
 
 
-def _cut(reader: Reader, questions: squad.Questions) -> chunks.Chunks:
+def _cut(reader: Reader, questions: Questions) -> chunks.Chunks:
     args = reader.args
     return chunks.cut(
         questions.dataset,
@@ -145,7 +141,7 @@ def _cut(reader: Reader, questions: squad.Questions) -> chunks.Chunks:
     )
 
 
-def _train_features(reader: Reader, questions: squad.Questions) -> data.Features:
+def _train_features(reader: Reader, questions: Questions) -> Features:
     pieces = _cut(reader, questions)
     targets = chunks.answer_positions(pieces, questions.spans)
     return pieces.features._replace(targets=targets)
@@ -153,9 +149,9 @@ def _train_features(reader: Reader, questions: squad.Questions) -> data.Features
 
 def _evaluate(
     reader: Reader,
-    questions: squad.Questions,
+    questions: Questions,
     pieces: chunks.Chunks,
-    params: modeling.Params,
+    params: bert.Params,
 ) -> dict[str, float]:
     """Answers every question once; returns results under Hugging Face's keys.
 
@@ -168,14 +164,14 @@ def _evaluate(
     _write(questions, found, Path(args.output_dir), "")
     golds, texts = questions.answers(), [answer.text for answer in found]
     if args.version_2_with_negative:
-        values = squad_metrics.squad_v2_metrics(
+        values = metrics.squad_v2_metrics(
             golds,
             texts,
             [answer.best_text for answer in found],
             [a.null_odds for a in found if a.null_odds is not None],
         )
     else:
-        values = squad_metrics.squad_metrics(golds, texts)
+        values = metrics.squad_metrics(golds, texts)
     num_chunks = pieces.features.num_examples
     num_batches = math.ceil(num_chunks / args.per_device_eval_batch_size)
     values |= {
@@ -189,9 +185,9 @@ def _evaluate(
 
 def _predict(
     reader: Reader,
-    questions: squad.Questions,
+    questions: Questions,
     pieces: chunks.Chunks,
-    params: modeling.Params,
+    params: bert.Params,
 ) -> None:
     directory = Path(reader.args.output_dir)
     found = _answer(reader, questions, pieces, params)
@@ -201,9 +197,9 @@ def _predict(
 
 def _answer(
     reader: Reader,
-    questions: squad.Questions,
+    questions: Questions,
     pieces: chunks.Chunks,
-    params: modeling.Params,
+    params: bert.Params,
 ) -> list[answers.Answer]:
     args = reader.args
     start_logits, end_logits = _logits(reader, pieces.features, params)
@@ -221,15 +217,15 @@ def _answer(
 
 
 def _logits(
-    reader: Reader, features: data.Features, params: modeling.Params
+    reader: Reader, features: Features, params: bert.Params
 ) -> list[np.ndarray]:
     """Returns start and end logits of all tokens, as they lie in the features."""
     args = reader.args
-    batches = data.eval_batches(
-        features, args.per_device_eval_batch_size, workflow.padded_lengths(args)
+    batches = eval_batches(
+        features, args.per_device_eval_batch_size, finetune.padded_lengths(args)
     )
     is_token, outputs = [], []
-    for batch in data.prefetch(batches):
+    for batch in prefetch(batches):
         is_token.append(
             (batch["attention_mask"] == 1) & (batch["weights"][:, None] == 1)
         )
@@ -246,7 +242,7 @@ def _logits(
 
 
 def _write(
-    questions: squad.Questions,
+    questions: Questions,
     found: Sequence[answers.Answer],
     directory: Path,
     prefix: str,
@@ -261,6 +257,4 @@ def _write(
         del contents["null_odds"]
     for name, values in contents.items():
         path = directory / f"{prefix}{name}.json"
-        reporting.write_json(
-            path, dict(zip(questions.dataset["id"], values, strict=True))
-        )
+        write_json(path, dict(zip(questions.dataset["id"], values, strict=True)))

@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
-from bert_finetune import data
+from bert_finetune.data.features import (
+    TOKEN_COLUMNS,
+    Features,
+    features_of,
+    map_cached,
+    ragged,
+)
 from bert_finetune.errors import UserError
 
 _INTEGERS = datasets.List(datasets.Value("int32"))
@@ -23,7 +29,7 @@ class Chunks(NamedTuple):
       end_chars: likewise, behind its last character.
     """
 
-    features: data.Features
+    features: Features
     questions: np.ndarray
     first_chars: np.ndarray
     end_chars: np.ndarray
@@ -77,17 +83,17 @@ def cut(
             )
         ]
         return {
-            **{name: encoded[name] for name in data.TOKEN_COLUMNS},
+            **{name: encoded[name] for name in TOKEN_COLUMNS},
             "question": [rows[i] for i in encoded["overflow_to_sample_mapping"]],
             "first_chars": [[first for first, _ in pairs] for pairs in offsets],
             "end_chars": [[end for _, end in pairs] for pairs in offsets],
         }
 
-    cut_up = data.map_cached(
+    cut_up = map_cached(
         dataset,
         encode,
         {
-            **data.TOKEN_COLUMNS,
+            **TOKEN_COLUMNS,
             "question": datasets.Value("int32"),
             "first_chars": _INTEGERS,
             "end_chars": _INTEGERS,
@@ -97,10 +103,10 @@ def cut(
         overwrite_cache=overwrite_cache,
     )
     return Chunks(
-        data.features_of(cut_up, tokenizer, {}),
+        features_of(cut_up, tokenizer, {}),
         cut_up.data.column("question").to_numpy(),
-        data.ragged(cut_up, "first_chars")[0],
-        data.ragged(cut_up, "end_chars")[0],
+        ragged(cut_up, "first_chars")[0],
+        ragged(cut_up, "end_chars")[0],
     )
 
 

@@ -1,7 +1,7 @@
 """Hugging Face model directories, read and written.
 
 They are read as they are on the hub, and written so that `transformers` loads them.
-Parameter names are Hugging Face's module names (`modeling.py`). What differs is the
+Parameter names are Hugging Face's module names (`bert.py`). What differs is the
 last part, and linear layers are stored transposed; one table serves both directions.
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 from flax import traverse_util
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerBase
 
-from bert_finetune import modeling
 from bert_finetune.errors import UserError
-from bert_finetune.torch_checkpoint import read_torch_checkpoint
+from bert_finetune.model import bert
+from bert_finetune.model.torch_checkpoint import read_torch_checkpoint
 
 # Last part of a name here -> last part there; kernels are transposed.
 _LAST_PART = {
@@ -49,13 +49,13 @@ class Pretrained(NamedTuple):
     """A model read from a directory.
 
     Attributes:
-      params: nested dict of arrays, as :func:`modeling.init_params` makes them.
+      params: nested dict of arrays, as :func:`bert.init_params` makes them.
       config: with the labels of the task.
       tokenizer: the fast tokenizer.
       notes: one sentence for each thing that was ignored or initialised.
     """
 
-    params: modeling.Params
+    params: bert.Params
     config: BertConfig
     tokenizer: PreTrainedTokenizerBase
     notes: list[str]
@@ -63,7 +63,7 @@ class Pretrained(NamedTuple):
 
 def load_pretrained(
     directory: Path,
-    model_class: modeling.ModelClass,
+    model_class: bert.ModelClass,
     *,
     label_names: list[str] | None = None,
     seed: int = 0,
@@ -93,7 +93,7 @@ def load_pretrained(
             f"the tokenizer in {directory} has {len(tokenizer)} tokens, more than the "
             f"vocab_size {config.vocab_size} of its config.json."
         )
-    new_params = modeling.init_params(config, model_class, seed)
+    new_params = bert.init_params(config, model_class, seed)
     params, notes = params_from_tensors(read_tensors(directory), new_params, directory)
     return Pretrained(params, config, tokenizer, notes)
 
@@ -119,7 +119,7 @@ def read_config(directory: Path) -> BertConfig:
     except Exception as error:
         reason = str(error.__cause__ or error).strip()
         raise UserError(f"{path} cannot be used: {reason}") from None
-    modeling.check_config(config)
+    bert.check_config(config)
     return config
 
 
@@ -156,8 +156,8 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def params_from_tensors(
-    tensors: dict[str, np.ndarray], new_params: modeling.Params, source: Any
-) -> tuple[modeling.Params, list[str]]:
+    tensors: dict[str, np.ndarray], new_params: bert.Params, source: Any
+) -> tuple[bert.Params, list[str]]:
     """Fills parameters from the tensors of a checkpoint.
 
     Args:
@@ -213,7 +213,7 @@ def params_from_tensors(
     return traverse_util.unflatten_dict(flat_params, sep="/"), notes
 
 
-def tensors_from_params(params: modeling.Params) -> dict[str, np.ndarray]:
+def tensors_from_params(params: bert.Params) -> dict[str, np.ndarray]:
     """Returns the parameters under Hugging Face's names, in its layout."""
     tensors = {}
     for path, param in traverse_util.flatten_dict(params, sep="/").items():
@@ -226,10 +226,10 @@ def tensors_from_params(params: modeling.Params) -> dict[str, np.ndarray]:
 
 def save_pretrained(
     directory: Path,
-    params: modeling.Params,
+    params: bert.Params,
     config: BertConfig,
     tokenizer: PreTrainedTokenizerBase,
-    model_class: modeling.ModelClass,
+    model_class: bert.ModelClass,
 ) -> None:
     """Writes a directory that `transformers` loads; each file appears whole or not.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import softmax
 
-from bert_finetune.chunks import Chunks
+from bert_finetune.squad.chunks import Chunks
 
 
 class Span(NamedTuple):

@@ -10,21 +10,18 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from bert_finetune import (
-    data,
-    hub,
-    metrics,
-    modeling,
-    pretrained,
-    splits,
-    trainer,
-    training,
-    workflow,
-)
+from bert_finetune import finetune, hub
 from bert_finetune.arguments import GlueArguments
-from bert_finetune.tasks import Task
+from bert_finetune.data.batches import eval_batches, prefetch
+from bert_finetune.data.features import Features, tokenize
+from bert_finetune.glue import metrics, splits
+from bert_finetune.glue.tasks import Task
+from bert_finetune.model import bert, pretrained
+from bert_finetune.training import loop
+from bert_finetune.training.losses import classification_loss, regression_loss
+from bert_finetune.training.steps import make_eval_step, predict
 
-_MODEL_CLASS = modeling.BertForSequenceClassification
+_MODEL_CLASS = bert.BertForSequenceClassification
 
 
 class Classifier(NamedTuple):
@@ -35,7 +32,7 @@ class Classifier(NamedTuple):
       task: of the flags.
       model: as read.
       apply: the model as a function.
-      eval_step: from :func:`training.make_eval_step`.
+      eval_step: from :func:`make_eval_step`.
       model_labels: the model's label for each label of the data. A model that knows the
         task's labels in another order keeps its own.
     """
@@ -43,7 +40,7 @@ class Classifier(NamedTuple):
     args: GlueArguments
     task: Task
     model: pretrained.Pretrained
-    apply: modeling.Apply
+    apply: bert.Apply
     eval_step: Callable[..., Any]
     model_labels: np.ndarray
 
@@ -68,11 +65,11 @@ def run(args: GlueArguments, command: str) -> dict[str, float]:
         {name: _features(classifier, split_set) for name, split_set in sets.items()}
         for sets in (eval_sets, test_sets)
     )
-    return workflow.run(
+    return finetune.run(
         args,
         command,
         classifier.model,
-        workflow.Report(
+        finetune.Report(
             args.data_name,
             args.train_file or args.dataset_name,
             args.task_name,
@@ -140,8 +137,8 @@ def load_classifier(args: GlueArguments) -> Classifier:
         )
     if task.is_regression:
         model.config.problem_type = "regression"
-    workflow.check_flags(args, model, ["loss", *_result_names(task)])
-    apply = modeling.make_apply(
+    finetune.check_flags(args, model, ["loss", *_result_names(task)])
+    apply = bert.make_apply(
         model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
     )
     return Classifier(
@@ -149,14 +146,14 @@ def load_classifier(args: GlueArguments) -> Classifier:
         task,
         model,
         apply,
-        training.make_eval_step(apply, is_regression=task.is_regression),
+        make_eval_step(apply, is_regression=task.is_regression),
         np.array([names.index(name) for name in task.label_names], np.int32),
     )
 
 
-def _features(classifier: Classifier, split: splits.Split) -> data.Features:
+def _features(classifier: Classifier, split: splits.Split) -> Features:
     args, task, labels = classifier.args, classifier.task, split.labels
-    return data.tokenize(
+    return tokenize(
         split.dataset,
         classifier.model.tokenizer,
         task.text_columns,
@@ -166,18 +163,16 @@ def _features(classifier: Classifier, split: splits.Split) -> data.Features:
     )
 
 
-def plan_training(classifier: Classifier, split: splits.Split) -> trainer.Run:
+def plan_training(classifier: Classifier, split: splits.Split) -> loop.Run:
     """Tokenises the split, and prepares everything but the first step.
 
     Raises:
       UserError: for an optimizer that does not exist, cannot be used or does not fit.
     """
     make_loss = (
-        training.regression_loss
-        if classifier.task.is_regression
-        else training.classification_loss
+        regression_loss if classifier.task.is_regression else classification_loss
     )
-    return workflow.plan_training(
+    return finetune.plan_training(
         classifier.args,
         classifier.model,
         _MODEL_CLASS,
@@ -188,8 +183,8 @@ def plan_training(classifier: Classifier, split: splits.Split) -> trainer.Run:
 
 def _evaluate(
     classifier: Classifier,
-    eval_features: Mapping[str, data.Features],
-    params: modeling.Params,
+    eval_features: Mapping[str, Features],
+    params: bert.Params,
 ) -> dict[str, float]:
     """Evaluates on every example once; returns results under Hugging Face's keys."""
     task, results = classifier.task, {}
@@ -214,15 +209,15 @@ def _evaluate(
 
 
 def _predict(
-    classifier: Classifier, params: modeling.Params, features: data.Features
+    classifier: Classifier, params: bert.Params, features: Features
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns losses and predictions, these in the labels of the data."""
     batch_size = classifier.args.per_device_eval_batch_size
-    lengths = workflow.padded_lengths(classifier.args)
-    losses, predictions = training.predict(
+    lengths = finetune.padded_lengths(classifier.args)
+    losses, predictions = predict(
         params,
         classifier.eval_step,
-        data.prefetch(data.eval_batches(features, batch_size, lengths)),
+        prefetch(eval_batches(features, batch_size, lengths)),
         features.num_examples,
     )
     return losses, _in_data(classifier, predictions)
@@ -237,8 +232,8 @@ def _in_data(classifier: Classifier, labels: np.ndarray) -> np.ndarray:
 
 def _write_predictions(
     classifier: Classifier,
-    test_features: Mapping[str, data.Features],
-    params: modeling.Params,
+    test_features: Mapping[str, Features],
+    params: bert.Params,
 ) -> None:
     """Writes the predictions as GLUE takes them."""
     task = classifier.task

@@ -8,20 +8,17 @@ from typing import NamedTuple
 
 import jax
 
-from bert_finetune import (
-    data,
-    model_card,
-    modeling,
-    optimizers,
-    output_dir,
-    pretrained,
-    reporting,
-    trainer,
-    training,
-    training_log,
-)
 from bert_finetune.arguments import Arguments
+from bert_finetune.data.batches import TrainData, batch_lengths, survey
+from bert_finetune.data.features import Features
 from bert_finetune.errors import UserError
+from bert_finetune.files import read_json_lines, write_json
+from bert_finetune.model import bert, pretrained
+from bert_finetune.reporting import model_card
+from bert_finetune.reporting.log import METRICS_FILE, require_tensorboard
+from bert_finetune.reporting.plots import plot_curves
+from bert_finetune.training import loop, optimizers, output_dir
+from bert_finetune.training.losses import LossFn
 
 
 class Report(NamedTuple):
@@ -69,16 +66,16 @@ def padded_lengths(args: Arguments) -> list[int]:
     """Returns the lengths to which batches may be padded."""
     if args.pad_to_max_length:
         return [args.max_seq_length]
-    return data.batch_lengths(args.max_seq_length)
+    return batch_lengths(args.max_seq_length)
 
 
 def plan_training(
     args: Arguments,
     model: pretrained.Pretrained,
-    model_class: modeling.ModelClass,
-    loss_fn: training.LossFn,
-    make_features: Callable[[], data.Features],
-) -> trainer.Run:
+    model_class: bert.ModelClass,
+    loss_fn: LossFn,
+    make_features: Callable[[], Features],
+) -> loop.Run:
     """Tokenises the training data, and prepares everything but the first step.
 
     Args:
@@ -103,27 +100,27 @@ def plan_training(
     if num_steps < 0:
         steps_per_epoch = math.ceil(features.num_examples / batch_size)
         num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
-    train_data = data.TrainData(
+    train_data = TrainData(
         features, batch_size, num_steps, padded_lengths(args), args.seed
     )
-    survey = data.survey(train_data)
+    surveyed = survey(train_data)
     max_rows = {
-        "word_embeddings": survey.max_distinct_tokens,
-        "position_embeddings": survey.lengths[-1],
+        "word_embeddings": surveyed.max_distinct_tokens,
+        "position_embeddings": surveyed.lengths[-1],
     }
     optimizer = optimizers.make_optimizer(args, num_steps, max_rows)
     optimizers.check_update(optimizer, model.params)
     optimizers.check_memory(optimizer, model.params)
     if args.report_to == "tensorboard":
-        reporting.require_tensorboard()
-    return trainer.Run(
+        require_tensorboard()
+    return loop.Run(
         args,
         model,
         model_class,
         loss_fn,
         optimizer,
         train_data,
-        survey.lengths,
+        surveyed.lengths,
         evaluate=None,
     )
 
@@ -134,9 +131,9 @@ def run(
     model: pretrained.Pretrained,
     report: Report,
     *,
-    train_run: trainer.Run | None,
-    evaluate: Callable[[modeling.Params], dict[str, float]] | None,
-    predict: Callable[[modeling.Params], None] | None,
+    train_run: loop.Run | None,
+    evaluate: Callable[[bert.Params], dict[str, float]] | None,
+    predict: Callable[[bert.Params], None] | None,
 ) -> dict[str, float]:
     """Trains, evaluates, predicts and reports; returns what evaluation found.
 
@@ -163,7 +160,7 @@ def run(
             results = evaluate(params)
         for kind, values in {"train": train_results, "eval": results}.items():
             if values:
-                reporting.write_json(out / f"{kind}_results.json", values)
+                write_json(out / f"{kind}_results.json", values)
             for name, value in values.items():
                 print(f"{name:28} {value:.4f}")
         if predict is not None:
@@ -176,7 +173,7 @@ def run(
     return results
 
 
-def _train(train_run: trainer.Run, out: Path) -> trainer.Trained:
+def _train(train_run: loop.Run, out: Path) -> loop.Trained:
     train_data, optimizer = train_run.train_data, train_run.optimizer
     params = train_run.model.params
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -191,25 +188,25 @@ def _train(train_run: trainer.Run, out: Path) -> trainer.Trained:
         f"{state_bytes / 1e9:.2f} GB."
     )
     resume_from = output_dir.checkpoints_to_resume(train_run.args, out)
-    return trainer.fit(train_run, out, resume_from)
+    return loop.fit(train_run, out, resume_from)
 
 
 def _add_results(path: Path, results: Mapping[str, float]) -> None:
     """Writes results beside those of earlier runs on the same model."""
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    reporting.write_json(path, {**earlier, **results})
+    write_json(path, {**earlier, **results})
 
 
 def _write_reports(
-    train_run: trainer.Run,
+    train_run: loop.Run,
     command: str,
     report: Report,
     out: Path,
     results: Mapping[str, float],
 ) -> None:
     args, optimizer = train_run.args, train_run.optimizer
-    lines = reporting.read_json_lines(out / training_log.FILE)
-    reporting.plot_curves(
+    lines = read_json_lines(out / METRICS_FILE)
+    plot_curves(
         out / "curves.png",
         f"{report.title}, {optimizer.name}",
         {optimizer.name: lines},

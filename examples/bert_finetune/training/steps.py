@@ -13,14 +13,10 @@ import numpy as np
 import optax
 
 import mfac_jax
-from bert_finetune import modeling
 from bert_finetune.errors import UserError
+from bert_finetune.model import bert
+from bert_finetune.training.losses import LossFn, full_precision
 
-# The mean loss of a batch and further scalars to record.
-LossFn = Callable[
-    [modeling.Params, modeling.Batch, jax.Array | None],
-    tuple[jax.Array, dict[str, jax.Array]],
-]
 # Steps that may be dispatched before the first of them has to be finished.
 _MAX_STEPS_IN_FLIGHT = 16
 
@@ -36,13 +32,13 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array
-    params: modeling.Params
+    params: bert.Params
     opt_state: optax.OptState
     dropout_key: jax.Array
 
 
 def init_state(
-    params: modeling.Params, optimizer: optax.GradientTransformation, seed: int
+    params: bert.Params, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
     """Returns the state before the first step."""
     return TrainState(
@@ -51,67 +47,6 @@ def init_state(
         opt_state=jax.jit(optimizer.init)(params),
         dropout_key=jax.random.key(seed),
     )
-
-
-def classification_loss(apply: modeling.Apply) -> LossFn:
-    """Cross-entropy averaged over the rows of a batch whose weight is 1."""
-
-    def loss_fn(params, batch, dropout_key):
-        logits = _full_precision(apply(params, batch, dropout_key))
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["labels"]
-        )
-        correct = jnp.argmax(logits, axis=-1) == batch["labels"]
-        weights = batch["weights"].astype(losses.dtype)
-        return weighted_mean(losses, weights), {
-            "accuracy": weighted_mean(correct.astype(losses.dtype), weights)
-        }
-
-    return loss_fn
-
-
-def regression_loss(apply: modeling.Apply) -> LossFn:
-    """Squared error averaged over the rows of a batch whose weight is 1."""
-
-    def loss_fn(params, batch, dropout_key):
-        predictions = _full_precision(apply(params, batch, dropout_key))[:, 0]
-        losses = jnp.square(predictions - batch["labels"])
-        return weighted_mean(losses, batch["weights"].astype(losses.dtype)), {}
-
-    return loss_fn
-
-
-def span_loss(apply: modeling.Apply) -> LossFn:
-    """Cross-entropy of an answer's first and last token, averaged over both.
-
-    It is averaged over the rows of a batch whose weight is 1. Padding is no candidate,
-    so that its amount changes nothing.
-    """
-
-    def loss_fn(params, batch, dropout_key):
-        def loss_of(logits, positions):
-            logits = _full_precision(logits)
-            lowest = jnp.finfo(logits.dtype).min
-            return optax.softmax_cross_entropy_with_integer_labels(
-                jnp.where(batch["attention_mask"] == 1, logits, lowest), positions
-            )
-
-        start_logits, end_logits = apply(params, batch, dropout_key)
-        start_losses = loss_of(start_logits, batch["start_positions"])
-        end_losses = loss_of(end_logits, batch["end_positions"])
-        losses = (start_losses + end_losses) / 2
-        return weighted_mean(losses, batch["weights"].astype(losses.dtype)), {}
-
-    return loss_fn
-
-
-def _full_precision(logits: jax.Array) -> jax.Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-
-
-def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean over the entries of weight 1; 0 where there are none."""
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1)
 
 
 def make_train_step(
@@ -228,7 +163,7 @@ def check_finite(state: TrainState) -> None:
 
 
 @jax.jit
-def _all_finite(params: modeling.Params) -> jax.Array:
+def _all_finite(params: bert.Params) -> jax.Array:
     return jnp.all(
         jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)])
     )
@@ -279,13 +214,13 @@ class MetricsQueue:
 
 
 def make_eval_step(
-    apply: modeling.Apply, *, is_regression: bool = False
-) -> Callable[[modeling.Params, Mapping[str, Any]], tuple[jax.Array, jax.Array]]:
+    apply: bert.Apply, *, is_regression: bool = False
+) -> Callable[[bert.Params, Mapping[str, Any]], tuple[jax.Array, jax.Array]]:
     """Returns the jitted ``(params, batch) -> (losses, predictions)``, one per row."""
 
     @jax.jit
     def eval_step(params, batch):
-        logits = _full_precision(apply(params, batch, None))
+        logits = full_precision(apply(params, batch, None))
         if is_regression:
             return jnp.square(logits[:, 0] - batch["labels"]), logits[:, 0]
         losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -296,18 +231,18 @@ def make_eval_step(
     return eval_step
 
 
-def make_span_step(apply: modeling.Apply) -> Callable[..., Any]:
+def make_span_step(apply: bert.Apply) -> Callable[..., Any]:
     """Returns the jitted ``(params, batch) -> (start_logits, end_logits)``."""
 
     @jax.jit
     def span_step(params, batch):
-        return jax.tree.map(_full_precision, apply(params, batch, None))
+        return jax.tree.map(full_precision, apply(params, batch, None))
 
     return span_step
 
 
 def predict(
-    params: modeling.Params,
+    params: bert.Params,
     eval_step: Callable[..., tuple[jax.Array, jax.Array]],
     batches: Iterable[Mapping[str, np.ndarray]],
     num_examples: int,

@@ -23,8 +23,10 @@ import jax
 import orbax.checkpoint
 
 import mfac_jax
-from bert_finetune import optimizers, reporting, training
 from bert_finetune.errors import UserError
+from bert_finetune.files import write_json
+from bert_finetune.training import optimizers
+from bert_finetune.training.steps import TrainState
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = "state"
@@ -50,7 +52,7 @@ def find_checkpoints(output_dir: Path, up_to: float = math.inf) -> list[Path]:
 
 def save(
     output_dir: Path,
-    state: training.TrainState,
+    state: TrainState,
     trainer_state: Mapping[str, Any],
     save_model: Callable[[Path], None],
     *,
@@ -87,7 +89,7 @@ def save(
             "has_window": kept is state,
             "files": _file_sizes(staging),
         }
-        reporting.write_json(staging / _TRAINER_STATE, entries)
+        write_json(staging / _TRAINER_STATE, entries)
         _sync(staging)
         if path.exists():  # The run was resumed before it.
             os.replace(path, output_dir / f"{_STAGING}-old")
@@ -106,9 +108,9 @@ def save(
 
 def restore(
     path: Path,
-    init_state: Callable[[], training.TrainState],
+    init_state: Callable[[], TrainState],
     fingerprint: Mapping[str, Any],
-) -> tuple[training.TrainState, dict[str, Any]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """Reads a checkpoint back.
 
     Args:
@@ -177,7 +179,7 @@ def remove_old(output_dir: Path, step: int, limit: int, best: str | None) -> Non
             shutil.rmtree(path, ignore_errors=True)
 
 
-def window_nbytes(state: training.TrainState) -> int:
+def window_nbytes(state: TrainState) -> int:
     """Returns the bytes that a checkpoint saves by leaving out M-FAC's gradients."""
     return optimizers.nbytes(state) - optimizers.nbytes(mfac_jax.drop_windows(state))
 

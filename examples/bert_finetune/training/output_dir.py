@@ -9,9 +9,10 @@ from pathlib import Path
 
 import filelock
 
-from bert_finetune import checkpoints, reporting
 from bert_finetune.arguments import Arguments
 from bert_finetune.errors import UserError
+from bert_finetune.files import write_json
+from bert_finetune.training import checkpoints
 
 ARGUMENTS_FILE = "arguments.json"
 _LOCK = ".lock"
@@ -104,4 +105,4 @@ def begin(args: Arguments, output_dir: Path) -> None:
     if args.overwrite_output_dir and args.resume_from_checkpoint is None:
         for path in checkpoints.find_checkpoints(output_dir):
             shutil.rmtree(path)
-    reporting.write_json(output_dir / ARGUMENTS_FILE, dataclasses.asdict(args))
+    write_json(output_dir / ARGUMENTS_FILE, dataclasses.asdict(args))

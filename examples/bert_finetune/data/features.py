@@ -1,0 +1,150 @@
+"""Tokenised examples."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import datasets.config
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+# What a tokenizer returns of an example, as `datasets` keeps it.
+TOKEN_COLUMNS = {
+    "input_ids": datasets.List(datasets.Value("int32")),
+    "token_type_ids": datasets.List(datasets.Value("int8")),
+}
+
+
+class Features(NamedTuple):
+    """Tokenised examples, one behind the other.
+
+    Attributes:
+      tokens: int32, shape ``(tokens,)``.
+      token_types: int8, 1 for the second text of a pair, same shape.
+      starts: int64, shape ``(examples + 1,)``: where each example begins, and the end.
+      targets: by name, a number per example; becomes part of each batch.
+      pad_token_id: what fills up a batch.
+    """
+
+    tokens: np.ndarray
+    token_types: np.ndarray
+    starts: np.ndarray
+    targets: Mapping[str, np.ndarray]
+    pad_token_id: int
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.starts) - 1
+
+
+def tokenize(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    text_columns: Sequence[str],
+    targets: Mapping[str, np.ndarray],
+    max_length: int,
+    *,
+    overwrite_cache: bool = False,
+) -> Features:
+    """Tokenises texts or pairs of texts, truncating the longer one first.
+
+    Args:
+      dataset: holds the text columns.
+      tokenizer: the model's.
+      text_columns: one or two.
+      targets: by name, a number per example.
+      max_length: tokens per example at most, special tokens included.
+      overwrite_cache: tokenise also what is cached.
+    """
+
+    def encode(batch: Mapping[str, list[str]], _: list[int]) -> dict[str, Any]:
+        texts = [batch[column] for column in text_columns]
+        encoded = tokenizer(
+            texts[0],
+            texts[1] if len(texts) > 1 else None,
+            truncation=True,
+            max_length=max_length,
+        )
+        return {name: encoded[name] for name in TOKEN_COLUMNS}
+
+    tokenized = map_cached(
+        dataset,
+        encode,
+        TOKEN_COLUMNS,
+        tokenizer,
+        (list(text_columns), max_length),
+        overwrite_cache=overwrite_cache,
+    )
+    return features_of(tokenized, tokenizer, targets)
+
+
+def map_cached(
+    dataset: datasets.Dataset,
+    encode: Callable[..., Mapping[str, Any]],
+    columns: Mapping[str, Any],
+    tokenizer: Any,
+    key: tuple[Any, ...],
+    *,
+    overwrite_cache: bool = False,
+) -> datasets.Dataset:
+    """Applies ``encode`` to batches of rows and their numbers.
+
+    The result is kept in the cache of `datasets`, under a name made from the data, the
+    tokenizer and the key.
+
+    Args:
+      dataset: of the texts.
+      encode: from columns and row numbers to the new columns.
+      columns: the types of these.
+      tokenizer: that ``encode`` uses.
+      key: all else that the result depends on.
+      overwrite_cache: do also what is cached.
+    """
+    datasets.disable_progress_bars()
+    # Not the name that `datasets` would choose, from the tokenizer as it is pickled: it
+    # changes with the first text tokenised.
+    _reset(tokenizer)
+    parts = (dataset._fingerprint, tokenizer.backend_tokenizer.to_str(), *key)
+    fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    file = None
+    if not dataset.cache_files:  # It is in memory, where `datasets` would leave it.
+        directory = Path(datasets.config.HF_DATASETS_CACHE, "tokenized")
+        directory.mkdir(parents=True, exist_ok=True)
+        file = str(directory / f"{fingerprint}.arrow")
+    result = dataset.map(
+        encode,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=datasets.Features(columns),
+        load_from_cache_file=not overwrite_cache,
+        cache_file_name=file,
+        new_fingerprint=fingerprint,
+    )
+    _reset(tokenizer)
+    return result
+
+
+def _reset(tokenizer: Any) -> None:
+    """Removes the traces of texts tokenised before, which would be saved with it."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+
+
+def features_of(
+    tokenized: datasets.Dataset, tokenizer: Any, targets: Mapping[str, np.ndarray]
+) -> Features:
+    """Returns what the token columns of a data set hold."""
+    tokens, starts = ragged(tokenized, "input_ids")
+    token_types, _ = ragged(tokenized, "token_type_ids")
+    pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
+    return Features(tokens, token_types, starts, targets, pad_token_id)
+
+
+def ragged(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lists of a column one behind the other, and where each begins."""
+    lists = dataset.data.column(column).combine_chunks()
+    starts = lists.offsets.to_numpy().astype(np.int64)
+    return lists.values.to_numpy()[starts[0] : starts[-1]], starts - starts[0]

@@ -1,0 +1,1 @@
+"""Classification and regression: GLUE and files of one's own."""

@@ -1,0 +1,1 @@
+"""BERT in Flax and the files it is read from and written to."""
