@@ -1,7 +1,7 @@
 r"""The table and the curves of fine-tuned models, from what `run_seeds.py` has written.
 
     python examples/run_seeds.py ... -- ... --output_dir seeds_out
-    PYTHONPATH=examples python benchmarks/fine_tuning.py seeds_out/seeds.json
+    python benchmarks/fine_tuning.py seeds_out/seeds.json
 
 A row is an optimizer with its settings, those that are not the same in all rows. Give
 the files of one task and one length of training; the curves are drawn into one picture.

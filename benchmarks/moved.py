@@ -1,6 +1,6 @@
 r"""How far fine-tuning has moved the parameters, and the rows of the word table.
 
-    PYTHONPATH=examples python benchmarks/moved.py --from bert-tiny seeds_out/*/seed-0
+    python benchmarks/moved.py --from bert-tiny seeds_out/*/seed-0
 
 Euclidean distances from the parameters of the first directory to those of the others,
 which `run_glue.py` has written: by kind of parameter, and of the word table also by
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from bert_finetune.errors import run_script
+from bert_finetune.cli import run_script
 from bert_finetune.model import pretrained
 
 # By the first of these that a name contains; heads, which are new, have none.

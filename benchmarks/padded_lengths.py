@@ -1,6 +1,6 @@
 r"""Training steps with short batches padded shortly, against all padded to the end.
 
-    PYTHONPATH=examples python benchmarks/padded_lengths.py \
+    python benchmarks/padded_lengths.py \
         --model_name_or_path prajjwal1/bert-tiny
 
 Takes the same steps of QQP (batch 32, length 128, AdamW) both ways by turns, in one
@@ -18,24 +18,17 @@ import jax
 import numpy as np
 from bert_finetune.arguments import GlueArguments, parse_arguments
 from bert_finetune.data.batches import prefetch, train_batches
-from bert_finetune.glue import splits
-from bert_finetune.glue.task import load_classifier, plan_training
+from bert_finetune.glue.task import Classification
 from bert_finetune.model import bert
-from bert_finetune.training import loop
-from bert_finetune.training.losses import LossFn, classification_loss
-from bert_finetune.training.steps import (
-    MetricsQueue,
-    compile_for_lengths,
-    init_state,
-    make_train_step,
-)
+from bert_finetune.training import loop, losses, optimizers, steps
+from bert_finetune.training.memory import nbytes
 from step_time import environment
 
 STEPS_PER_TURN = 100
 
 
 def make_run(model: str, dataset: str, flags: Sequence[str]) -> loop.Run:
-    """Plans a run of the trainer without starting it."""
+    """Prepares a run of the trainer."""
     args = parse_arguments(
         GlueArguments,
         [
@@ -44,10 +37,7 @@ def make_run(model: str, dataset: str, flags: Sequence[str]) -> loop.Run:
             *("--per_device_train_batch_size", "32", "--learning_rate", "1e-4", *flags),
         ],
     )
-    classifier = load_classifier(args)
-    return plan_training(
-        classifier, splits.load_split(args, classifier.task, "train", None)
-    )
+    return loop.prepare(Classification(args), optimizers.parse_hyperparams(args))
 
 
 class Steps:
@@ -60,19 +50,21 @@ class Steps:
       optimizer_state_bytes: what the optimizer holds.
     """
 
-    def __init__(self, run: loop.Run, loss_fn: LossFn):
+    def __init__(
+        self,
+        run: loop.Run,
+        loss: losses.LossFn | None = None,
+        params: bert.Params | None = None,
+    ):
         optimizer = run.optimizer.transformation
-        params = jax.tree.map(np.asarray, run.model.params)
-        self._state = init_state(params, optimizer, seed=0)
-        self.optimizer_state_bytes = sum(
-            leaf.nbytes for leaf in jax.tree.leaves(self._state.opt_state)
-        )
+        params = jax.tree.map(np.asarray, params or run.task.model.params)
+        self._state = steps.init_state(params, optimizer, seed=0)
+        self.optimizer_state_bytes = nbytes(self._state.opt_state)
         started = time.perf_counter()
-        self._step = compile_for_lengths(
-            make_train_step(loss_fn, optimizer),
-            self._state,
-            next(train_batches(run.train_data)),
-            run.lengths,
+        self._step = steps.compile_ahead(
+            steps.make_train_step(loss or run.task.loss, optimizer),
+            jax.eval_shape(lambda: self._state),
+            run.first_batches,
         )
         self.compile_seconds = time.perf_counter() - started
         self._batches = prefetch(train_batches(run.train_data))
@@ -82,7 +74,9 @@ class Steps:
     def take(self, num_steps: int) -> float:
         """Takes steps as the trainer does, waits for the last; returns the seconds."""
         started = time.perf_counter()
-        queue = MetricsQueue(lambda step, metrics: self.losses.append(metrics["loss"]))
+        queue = steps.MetricsQueue(
+            lambda step, metrics: self.losses.append(metrics["loss"])
+        )
         for i, batch in enumerate(itertools.islice(self._batches, num_steps)):
             self._state, metrics = self._step(self._state, batch)
             queue.put(i, metrics)
@@ -116,32 +110,34 @@ def main() -> None:
         name: make_run(*source, ["--max_steps", str(num_steps), *flags])
         for name, flags in {"short": [], "fixed": ["--pad_to_max_length"]}.items()
     }
-    steps = {name: Steps(run, run.loss_fn) for name, run in runs.items()}
+    rivals = {name: Steps(run) for name, run in runs.items()}
     for _ in range(given.turns):
-        for taking in steps.values():
+        for taking in rivals.values():
             taking.take(STEPS_PER_TURN)
-    rates = {name: num_steps / taking.seconds for name, taking in steps.items()}
+    rates = {name: num_steps / taking.seconds for name, taking in rivals.items()}
     # The masks of dropout depend on the length.
-    losses = {}
+    found = {}
     for name, run in runs.items():
-        config = run.model.config
+        config = run.task.model.config
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
         apply = bert.make_apply(config, bert.BertForSequenceClassification)
-        without = Steps(run, classification_loss(apply))
+        without = Steps(run, losses.classification_loss(apply))
         without.take(STEPS_PER_TURN)
-        losses[name] = np.array(without.losses)
+        found[name] = np.array(without.losses)
     train_data = runs["short"].train_data
     result = {
         "steps_per_second": rates,
         "ratio": rates["short"] / rates["fixed"],
-        "compile_seconds": {n: taking.compile_seconds for n, taking in steps.items()},
-        "lengths": runs["short"].lengths,
+        "compile_seconds": {n: taking.compile_seconds for n, taking in rivals.items()},
+        "lengths": sorted(
+            {batch["input_ids"].shape[1] for batch in runs["short"].first_batches}
+        ),
         "mean_length": float(np.diff(train_data.features.starts).mean()),
         "mean_padded_length": float(
             np.mean([b["input_ids"].shape[1] for b in train_batches(train_data)])
         ),
         "largest_difference_of_losses": float(
-            np.max(np.abs(losses["short"] - losses["fixed"]))
+            np.max(np.abs(found["short"] - found["fixed"]))
         ),
         **environment(),
     }

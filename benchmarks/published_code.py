@@ -2,7 +2,7 @@ r"""Time of an update of the authors' PyTorch optimizer and of ours, in one proc
 
     git clone https://github.com/IST-DASLab/M-FAC
     pip install torch
-    PYTHONPATH=examples python benchmarks/published_code.py --reference M-FAC
+    python benchmarks/published_code.py --reference M-FAC
 
 Both get the same number of gradients of BERT-tiny's shapes, on the same device: a GPU
 where both have one. Their matrix kernels in CUDA are used if they are installed. On a
@@ -24,7 +24,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
-from bert_finetune.errors import run_script
+from bert_finetune.cli import run_script
 from crosscheck_pytorch import published_code
 from step_time import BERT_TINY, SMALL_SHAPES, TOUCHED, environment, random_gradient
 

@@ -2,7 +2,7 @@ r"""The same training with the authors' PyTorch optimizer and with ours.
 
     git clone https://github.com/IST-DASLab/M-FAC
     pip install torch
-    PYTHONPATH=examples python benchmarks/published_training.py --reference M-FAC \
+    python benchmarks/published_training.py --reference M-FAC \
         --model_name_or_path prajjwal1/bert-tiny
 
 Fine-tunes on MRPC three times from the same weights, on the same batches with the same
@@ -19,7 +19,8 @@ from types import ModuleType
 import jax
 import numpy as np
 import optax
-from bert_finetune.errors import run_script
+from bert_finetune.cli import run_script
+from bert_finetune.model import bert
 from bert_finetune.training import loop
 from crosscheck_pytorch import published_code
 from jax.experimental import io_callback
@@ -53,11 +54,11 @@ def scale_by_published_mfac(
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def losses_of(run: loop.Run) -> np.ndarray:
-    """Trains; returns the mean loss of each epoch."""
-    steps = Steps(run, run.loss_fn)
+def losses_of(run: loop.Run, params: bert.Params | None = None) -> np.ndarray:
+    """Trains, from other parameters if given; returns the mean loss of each epoch."""
+    steps = Steps(run, params=params)
     steps.take(run.train_data.num_steps)
-    epochs = np.array_split(steps.losses, round(run.args.num_train_epochs))
+    epochs = np.array_split(steps.losses, round(run.task.args.num_train_epochs))
     return np.array([np.mean(epoch) for epoch in epochs])
 
 
@@ -88,19 +89,18 @@ def main() -> None:
         ],
     )
     moved = jax.tree.map(
-        lambda p: np.nextafter(p, np.float32(np.inf)), run.model.params
+        lambda p: np.nextafter(p, np.float32(np.inf)), run.task.model.params
     )
     with published_code(args.reference) as module:
         published = optax.chain(
-            optax.clip_by_global_norm(run.args.max_grad_norm),
+            optax.clip_by_global_norm(run.task.args.max_grad_norm),
             scale_by_published_mfac(module, args.num_grads, args.damp),
             optax.scale_by_learning_rate(run.optimizer.schedule),
         )
         optimizer = run.optimizer._replace(transformation=published)
         losses = {"the authors' code": losses_of(run._replace(optimizer=optimizer))}
     losses["mfac_jax"] = losses_of(run)
-    model = run.model._replace(params=moved)
-    losses["mfac_jax, moved"] = losses_of(run._replace(model=model))
+    losses["mfac_jax, moved"] = losses_of(run, moved)
     print(
         "| optimizer | "
         + " | ".join(f"epoch {i + 1}" for i in range(len(losses["mfac_jax"])))

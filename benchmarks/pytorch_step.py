@@ -1,7 +1,7 @@
 r"""Steps per second of this trainer and of PyTorch with transformers, by turns.
 
     pip install torch
-    PYTHONPATH=examples python benchmarks/pytorch_step.py \
+    python benchmarks/pytorch_step.py \
         --model_name_or_path prajjwal1/bert-tiny
 
 The same batches of QQP (32 pairs, at most 128 tokens) with AdamW, dropout and clipping,
@@ -26,8 +26,9 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from bert_finetune import hub
+from bert_finetune.cli import run_script
 from bert_finetune.data.batches import prefetch, train_batches
-from bert_finetune.errors import UserError, run_script
+from bert_finetune.errors import UserError
 from bert_finetune.training import loop
 from padded_lengths import Steps, make_run
 from step_time import environment
@@ -40,7 +41,7 @@ class TorchSteps:
 
     def __init__(self, torch: Any, run: loop.Run):
         transformers = importlib.import_module("transformers")
-        args = run.args
+        args = run.task.args
         self._torch = torch
         self._on_gpu = torch.cuda.is_available()
         self._device = torch.device("cuda" if self._on_gpu else "cpu")
@@ -54,8 +55,9 @@ class TorchSteps:
         self._batches = prefetch(self._make_batches(run))
 
     def _make_batches(self, run: loop.Run) -> Iterator[dict[str, Any]]:
-        longest = run.args.max_seq_length
-        lengths = [longest] if run.args.pad_to_max_length else range(1, longest + 1)
+        args = run.task.args
+        longest = args.max_seq_length
+        lengths = [longest] if args.pad_to_max_length else range(1, longest + 1)
         for batch in train_batches(run.train_data._replace(lengths=lengths)):
             del batch["weights"]
             yield {
@@ -102,7 +104,7 @@ def main() -> None:
             ["--optim", "adamw", "--max_steps", str(num_steps), *flags],
         )
         rivals = {
-            "this trainer": Steps(run, run.loss_fn),
+            "this trainer": Steps(run),
             "PyTorch": TorchSteps(torch, run),
         }
         seconds = {name: [] for name in rivals}

@@ -1,6 +1,6 @@
 r"""Steps per second of the trainer with M-FAC, with AdamW and with plain SGD.
 
-    PYTHONPATH=examples python benchmarks/train_throughput.py \
+    python benchmarks/train_throughput.py \
         --model_name_or_path prajjwal1/bert-tiny
 
 With `--optims 'MFAC={"num_grads": 256}' ...` instead of M-FAC with 1024 gradients.
@@ -31,14 +31,14 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Returns by optimizer its state's bytes, and steps per second of loop and step."""
     num_steps = turns * steps_per_turn
-    steps = {}
+    rivals = {}
     for entry in optims:
         optim, given, optim_args = entry.partition("=")
         optimizer = ["--optim", optim, *(["--optim_args", optim_args] if given else [])]
         run = make_run(*source, ["--max_steps", str(2 * num_steps), *optimizer, *flags])
-        steps[entry] = Steps(run, run.loss_fn)
+        rivals[entry] = Steps(run)
     for _ in range(turns):
-        for taking in steps.values():
+        for taking in rivals.values():
             taking.take(steps_per_turn)
             taking.take_ready(steps_per_turn)
     return {
@@ -47,7 +47,7 @@ def measure(
             "steps_per_second": num_steps / taking.seconds,
             "steps_per_second_alone": num_steps / taking.ready_seconds,
         }
-        for entry, taking in steps.items()
+        for entry, taking in rivals.items()
     }
 
 

@@ -1,6 +1,6 @@
 r"""Every kind of window on the same real gradients: bytes, time, direction.
 
-    PYTHONPATH=examples python benchmarks/window_kinds.py \
+    python benchmarks/window_kinds.py \
         --model_name_or_path prajjwal1/bert-tiny
 
 Trains on QQP for `num_grads` steps (batch 32, length 128) and keeps the gradients. Each
@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from bert_finetune.arguments import GlueArguments, parse_arguments
-from bert_finetune.data.batches import survey, train_batches
-from bert_finetune.glue import splits
-from bert_finetune.glue.task import load_classifier, plan_training
+from bert_finetune.data.batches import max_distinct_tokens, train_batches
+from bert_finetune.glue.task import Classification
+from bert_finetune.model import bert
+from bert_finetune.training import loop, optimizers
 from step_time import best_time, environment
 
 import mfac_jax
@@ -31,16 +32,11 @@ Gradients = list[Any]
 
 def qqp_gradients(args: GlueArguments) -> tuple[Gradients, dict[str, int]]:
     """Returns the clipped gradients of a short run, and the rows that they can have."""
-    classifier = load_classifier(args)
-    run = plan_training(
-        classifier,
-        splits.load_split(args, classifier.task, "train", args.max_train_samples),
+    run = loop.prepare(Classification(args), optimizers.parse_hyperparams(args))
+    max_rows = bert.touched_rows(
+        max_distinct_tokens(run.train_data, run.first_batches), args.max_seq_length
     )
-    max_rows = {
-        "word_embeddings": survey(run.train_data).max_distinct_tokens,
-        "position_embeddings": args.max_seq_length,
-    }
-    loss_fn = run.loss_fn
+    loss_fn = run.task.loss
     clip = optax.clip_by_global_norm(1.0)
     opt = mfac_jax.mfac(1e-4, args.max_steps, window=mfac_jax.compact_windows(max_rows))
 
@@ -51,7 +47,7 @@ def qqp_gradients(args: GlueArguments) -> tuple[Gradients, dict[str, int]]:
         return clip.update(gradient, clip.init(params))[0]
 
     update = jax.jit(opt.update, donate_argnums=1)
-    params, gradients = run.model.params, []
+    params, gradients = run.task.model.params, []
     state = opt.init(params)
     for step, batch in enumerate(train_batches(run.train_data)):
         gradients.append(gradient_of(params, batch, step))

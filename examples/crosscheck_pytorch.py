@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bert_finetune.errors import UserError, run_script
+from bert_finetune.cli import run_script
+from bert_finetune.errors import UserError
 from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 
@@ -43,8 +44,8 @@ def published_code(directory: Path) -> Iterator[ModuleType]:
     """
     try:
         torch = importlib.import_module("torch")
-    except ImportError:
-        raise UserError("the authors' code needs torch: pip install torch") from None
+    except ImportError as error:
+        raise UserError("the authors' code needs torch: pip install torch") from error
     file = directory / "optim.py"
     if not file.is_file():
         raise UserError(

@@ -102,13 +102,10 @@ def write_model(directory: Path) -> None:
         attention_probs_dropout_prob=0.0,
     )
     model_class = bert.BertForSequenceClassification
-    pretrained.save_pretrained(
-        directory,
-        bert.init_params(config, model_class, seed=0),
-        config,
-        BertTokenizer.from_pretrained(directory),
-        model_class,
-    )
+    params = bert.init_params(config, model_class, seed=0)
+    tokenizer = BertTokenizer.from_pretrained(directory)
+    model = pretrained.Pretrained(params, config, tokenizer, model_class, [])
+    pretrained.save_pretrained(directory, model)
 
 
 def fine_tune(output_dir: Path, optim: str) -> dict[str, float]:

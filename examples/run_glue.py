@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from bert_finetune import errors
+from bert_finetune import cli
 from bert_finetune.arguments import GlueArguments, parse_arguments
 
 
@@ -23,13 +23,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(GlueArguments, argv)
     # Only now the slow imports, so that a mistake in a flag shows at once.
-    from bert_finetune.glue.task import run
-    from bert_finetune.training import compilation_cache
+    from bert_finetune.finetune import finetune
+    from bert_finetune.glue.task import Classification
 
-    compilation_cache.enable()
-    with errors.explained():
-        return run(args, shlex.join(["python", "examples/run_glue.py", *argv]))
+    cli.keep_compiled_programs()
+    command = shlex.join(["python", "examples/run_glue.py", *argv])
+    return finetune(args, Classification, command)
 
 
 if __name__ == "__main__":
-    errors.run_script(main, "nothing was left to save.")
+    cli.run_script(main, "nothing was left to save.")

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import run_glue
 import run_qa
-from bert_finetune import errors
+from bert_finetune import cli
 from bert_finetune.arguments import (
     Arguments,
     GlueArguments,
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.script.main(run.argv)
         except Interrupted as error:
             message = f"{error} The same command of run_seeds.py continues the grid."
-            raise Interrupted(message, error.exit_code) from None
+            raise Interrupted(message, error.exit_code) from error
     report(base, runs, shlex.join(["python", "examples/run_seeds.py", *argv]))
 
 
@@ -157,7 +157,7 @@ def parse_grid(argv: Sequence[str]) -> tuple[Arguments, list[Run]]:
             run_argv += ["--output_dir", str(directory)]
             run = Run(script, optim, seed, run_argv, parse_arguments(kind, run_argv))
             # A mistake in the last optimizer must not show after the first ones' runs.
-            optimizers.make_optimizer(run.args, 1, {"word_embeddings": 1})
+            optimizers.parse_hyperparams(run.args)
             runs.append(run)
     return base, runs
 
@@ -345,4 +345,4 @@ def format_result(metric: str, result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    errors.run_script(main, "the same command continues the grid.")
+    cli.run_script(main, "the same command continues the grid.")

@@ -4,15 +4,21 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
 from bert_finetune.errors import UserError
 
+T = TypeVar("T")
 
-def _flag(default, help_text: str):
-    return dataclasses.field(default=default, metadata={"help": help_text})
+
+def _flag(default, help_text: str, **metadata):
+    return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
+
+
+# A flag whose value a resumed run must share with the run it resumes.
+Fixed = Annotated[T, "fixed"]
 
 
 def _required(help_text: str):
@@ -33,24 +39,26 @@ class Arguments:
     do_train: bool = _flag(False, "Train.")
     do_eval: bool = _flag(False, "Evaluate on the validation split, after training.")
     do_predict: bool = _flag(False, "Write predictions for the test split.")
-    max_seq_length: int = _flag(
+    max_seq_length: Fixed[int] = _flag(
         128, "Tokens per example at most: longer ones are truncated."
     )
-    pad_to_max_length: bool = _flag(
+    pad_to_max_length: Fixed[bool] = _flag(
         False,
         "Pad every batch to --max_seq_length, instead of to the smallest of a few "
         "lengths that holds its longest example.",
     )
     overwrite_cache: bool = _flag(False, "Tokenise anew what is cached.")
-    max_train_samples: int | None = _flag(None, "Train on the first examples only.")
+    max_train_samples: Fixed[int | None] = _flag(
+        None, "Train on the first examples only."
+    )
     max_eval_samples: int | None = _flag(None, "Evaluate on the first examples only.")
     max_predict_samples: int | None = _flag(None, "Predict the first examples only.")
-    per_device_train_batch_size: int = _flag(8, "Examples per forward pass.")
+    per_device_train_batch_size: Fixed[int] = _flag(8, "Examples per forward pass.")
     per_device_eval_batch_size: int = _flag(8, "Examples per evaluation step.")
-    gradient_accumulation_steps: int = _flag(
+    gradient_accumulation_steps: Fixed[int] = _flag(
         1, "Forward passes whose gradients are averaged for one training step."
     )
-    optim: str = _flag(
+    optim: Fixed[str] = _flag(
         "adamw",
         "The optimizer: MFAC, adamw, or the name of one of Optax's, such as lion or "
         "contrib.muon.",
@@ -65,19 +73,21 @@ class Arguments:
     weight_decay: float = _flag(
         0.0, "Weight decay, not applied to biases and LayerNorm weights."
     )
-    max_grad_norm: float = _flag(
+    max_grad_norm: Fixed[float] = _flag(
         1.0, "Gradients are scaled down to this global norm; 0 leaves them as they are."
     )
-    num_train_epochs: float = _flag(3.0, "Passes over the training data.")
-    max_steps: int = _flag(-1, "If positive, the number of steps, whatever the epochs.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = _flag(
+    num_train_epochs: Fixed[float] = _flag(3.0, "Passes over the training data.")
+    max_steps: Fixed[int] = _flag(
+        -1, "The number of steps if positive, whatever the epochs."
+    )
+    lr_scheduler_type: Fixed[Literal["linear", "cosine", "constant"]] = _flag(
         "linear", "How the learning rate goes on after the warm-up."
     )
-    warmup_ratio: float = _flag(
+    warmup_ratio: Fixed[float] = _flag(
         0.0, "Share of the steps in which the learning rate rises linearly from 0."
     )
-    warmup_steps: int = _flag(0, "The same in steps; overrides --warmup_ratio.")
-    bf16: bool = _flag(
+    warmup_steps: Fixed[int] = _flag(0, "The same in steps; overrides --warmup_ratio.")
+    bf16: Fixed[bool] = _flag(
         False, "Compute in bfloat16; parameters, gradients and optimizer stay float32."
     )
     logging_steps: int = _flag(500, "Steps between two lines of metrics.jsonl.")
@@ -103,23 +113,30 @@ class Arguments:
         False, "End with the parameters of the best checkpoint, not with the last ones."
     )
     metric_for_best_model: str = _flag("loss", 'What "best" means, such as f1.')
-    resume_from_checkpoint: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "A checkpoint directory to go on from; without a value, or with "
-            '"last", the last one in --output_dir.',
-            "nargs": "?",
-            "const": "last",
-        },
+    resume_from_checkpoint: str | None = _flag(
+        None,
+        "A checkpoint directory to resume from; without a value, or with "
+        '"last", the last one in --output_dir.',
+        nargs="?",
+        const="last",
     )
     report_to: Literal["none", "tensorboard"] = _flag(
         "none", "Where metrics go beside metrics.jsonl."
     )
-    seed: int = _flag(42, "Fixes initialisation, data order and dropout.")
+    seed: Fixed[int] = _flag(42, "Fixes initialisation, data order and dropout.")
     overwrite_output_dir: bool = _flag(
         False,
         "Train anew into a directory that is not empty; its checkpoints are deleted.",
     )
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The flags that a resumed run must share with the run it resumes."""
+        return {
+            f"--{name}": getattr(self, name)
+            for name, hint in get_type_hints(type(self), include_extras=True).items()
+            if get_origin(hint) is Annotated
+        }
 
     @property
     def data_name(self) -> str:
@@ -209,7 +226,7 @@ class Arguments:
 class GlueArguments(Arguments):
     """The flags of `run_glue.py`; its files are .csv, .tsv, .json(l) or .parquet."""
 
-    task_name: str | None = _flag(
+    task_name: Fixed[str | None] = _flag(
         None,
         "The GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli. Without "
         "it, the data are the files given: .csv, .tsv, .json, .jsonl or .parquet.",
@@ -247,10 +264,10 @@ class QaArguments(Arguments):
     version_2_with_negative: bool = _flag(
         False, "Some questions have no answer, as in SQuAD version 2."
     )
-    max_seq_length: int = _flag(
+    max_seq_length: Fixed[int] = _flag(
         384, "Tokens of a question with a chunk of its context at most."
     )
-    doc_stride: int = _flag(
+    doc_stride: Fixed[int] = _flag(
         128, "Tokens that two neighbouring chunks of a long context share."
     )
     n_best_size: int = _flag(

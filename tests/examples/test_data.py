@@ -10,8 +10,8 @@ from bert_finetune.data.batches import (
     batch_lengths,
     batch_of,
     eval_batches,
+    max_distinct_tokens,
     prefetch,
-    survey,
     train_batches,
 )
 from bert_finetune.data.features import Features, tokenize
@@ -145,8 +145,8 @@ def test_a_batch_is_padded_to_the_smallest_length_that_holds_it():
             )
         assert not np.any(padded["input_ids"][:, length:])
     assert len(lengths) > 1
-    assert survey(short).lengths == sorted(lengths)
-    assert survey(fixed).lengths == [8]
+    assert short.max_length == max(lengths) == 8
+    assert fixed.max_length == 8
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, 13])
@@ -154,9 +154,17 @@ def test_a_batch_is_padded_to_the_smallest_length_that_holds_it():
 def test_distinct_tokens_of_the_batches_to_come(num_steps, lengths):
     sizes = np.random.default_rng(0).integers(1, 9, 23)
     train_data = train_data_of(sizes, 4, num_steps, lengths)
-    batches = train_batches(train_data)
+    batches = list(train_batches(train_data))
     expected = max(len(np.unique(batch["input_ids"])) for batch in batches)
-    assert survey(train_data).max_distinct_tokens == expected
+    assert max_distinct_tokens(train_data, batches) == expected
+
+
+def test_distinct_tokens_of_a_long_run_are_bounded_from_its_first_batches():
+    sizes = np.random.default_rng(0).integers(1, 9, 230)
+    train_data = train_data_of(sizes, 16, 200)
+    counts = [len(np.unique(b["input_ids"])) for b in train_batches(train_data)]
+    bound = max_distinct_tokens(train_data, list(train_batches(train_data))[:20])
+    assert max(counts) <= bound < 2 * max(counts)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 9])

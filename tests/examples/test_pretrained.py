@@ -210,9 +210,7 @@ def test_round_trip_is_bit_equal(tmp_path, model_class):
     model = pretrained.load_pretrained(
         tmp_path / "given", model_class, label_names=["no", "yes"]
     )
-    pretrained.save_pretrained(
-        tmp_path / "saved", model.params, model.config, model.tokenizer, model_class
-    )
+    pretrained.save_pretrained(tmp_path / "saved", model)
     again = pretrained.load_pretrained(tmp_path / "saved", model_class)
     assert again.notes == []
     assert_same_params(again.params, model.params)
@@ -233,9 +231,7 @@ def test_an_unwritable_directory_is_one_clear_error(tmp_path):
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
     with pytest.raises(UserError, match=r"cannot be written to .*file"):
-        pretrained.save_pretrained(
-            in_the_way, model.params, model.config, model.tokenizer, CLASSIFIER
-        )
+        pretrained.save_pretrained(in_the_way, model)
 
 
 @pytest.mark.parametrize("model_class", [CLASSIFIER, QA])
@@ -246,9 +242,7 @@ def test_transformers_loads_it_with_the_same_logits(tmp_path, model_class):
     toy_bert.write_model(tmp_path / "given", toy_bert.tensors(model_class))
     model = pretrained.load_pretrained(tmp_path / "given", model_class)
     directory = tmp_path / "saved"
-    pretrained.save_pretrained(
-        directory, model.params, model.config, model.tokenizer, model_class
-    )
+    pretrained.save_pretrained(directory, model)
     auto_class = {
         CLASSIFIER: transformers.AutoModelForSequenceClassification,
         QA: transformers.AutoModelForQuestionAnswering,

@@ -1,14 +1,11 @@
 import json
 import math
-import struct
-import sys
 
 import numpy as np
 import pytest
 from bert_finetune.errors import UserError
 from bert_finetune.files import append_json_line, read_json_lines, write_json
 from bert_finetune.glue import metrics
-from bert_finetune.reporting.log import require_tensorboard, tensorboard
 from bert_finetune.reporting.plots import plot_bands, plot_curves, smooth
 
 
@@ -42,86 +39,6 @@ def test_torn_line_in_the_middle_is_a_mistake(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2{"step": 2}\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2 of"):
         read_json_lines(path)
-
-
-def read_events(path):
-    """Reads the events of a file: length, its checksum, event, its checksum."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    content, events = path.read_bytes(), []
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        events.append(Event.FromString(content[12 : 12 + length]))
-        content = content[12 + length + 4 :]
-    return events
-
-
-def read_scalars(path):
-    return {
-        (event.step, value.tag): value.simple_value
-        for event in read_events(path)
-        for value in event.summary.value
-    }
-
-
-def test_tensorboard_gets_scalars(tmp_path):
-    with tensorboard(tmp_path / "runs") as write:
-        write({"step": 5, "epoch": 0.5, "loss": 0.75, "learning_rate": 0.25})
-        write({"step": 5, "epoch": 0.5, "eval_loss": 0.5, "eval_f1": 0.25})
-        write({"step": 10, "loss": math.inf})
-    (path,) = (tmp_path / "runs").iterdir()
-    assert read_scalars(path) == {
-        (5, "train/epoch"): 0.5,
-        (5, "train/loss"): 0.75,
-        (5, "train/learning_rate"): 0.25,
-        (5, "eval/loss"): 0.5,
-        (5, "eval/f1"): 0.25,
-        (10, "train/loss"): math.inf,
-    }
-
-
-def test_tensorboard_hides_the_steps_a_resumed_run_takes_again(tmp_path):
-    from tensorboardX.proto.event_pb2 import SessionLog
-
-    # At once, where the library by itself would write over the first file.
-    for last_step in (0, 3):
-        with tensorboard(tmp_path, last_step) as write:
-            for step in (last_step + 1, last_step + 2):
-                write({"step": step, "loss": float(step)})
-    starts, steps = [], []
-    for path in sorted(tmp_path.iterdir()):
-        starts += [
-            event.step
-            for event in read_events(path)
-            if event.session_log.status == SessionLog.START
-        ]
-        steps.append([step for step, _ in read_scalars(path)])
-    assert starts == [1, 4]
-    assert steps == [[1, 2], [4, 5]]
-
-
-def test_tensorboard_is_closed_by_an_error(tmp_path):
-    def fail():
-        with tensorboard(tmp_path) as write:
-            write({"step": 1, "loss": 0.5})
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    (path,) = tmp_path.iterdir()
-    assert read_scalars(path) == {(1, "train/loss"): 0.5}
-
-
-def test_tensorboard_without_the_library_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(UserError, match="pip install tensorboardX"):
-        require_tensorboard()
-    with (
-        pytest.raises(UserError, match="pip install tensorboardX"),
-        tensorboard(tmp_path / "runs"),
-    ):
-        pass
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("length", [1, 7, 200, 1234])

@@ -14,7 +14,7 @@ import toy_bert
 from bert_finetune.errors import UserError
 from bert_finetune.glue import tasks
 from bert_finetune.model import pretrained
-from bert_finetune.training import loop, optimizers
+from bert_finetune.training import loop, memory
 from safetensors.numpy import load_file
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -309,7 +309,7 @@ def test_a_learning_rate_of_zero_changes_nothing(root, tmp_path):
         (["--optim", "sgdd"], "--optim must be MFAC, adamw or the name of"),
         (["--optim", "lbfgs", "--optim_args", "{}"], "more than gradients"),
         (["--metric_for_best_model", "f1"], "must be one of loss, accuracy, got 'f1'"),
-        (["--optim_args", '{"num_grads": 0}'], "num_grads must be at least 1"),
+        (["--optim_args", '{"num_grads": 0}'], "num_grads .* an integer of at least 1"),
         (["--max_seq_length", "64"], "64 is more than the 32 positions"),
     ],
 )
@@ -360,28 +360,19 @@ def test_an_unwritable_directory_is_named(root, tmp_path):
 def test_a_window_too_large_is_refused_before_anything_is_written(
     root, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(optimizers, "available_memory", lambda: 10**6)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
     flags = ["--optim", "MFAC", "--optim_args", '{"num_grads": 1024}', "--do_train"]
     with pytest.raises(UserError, match="lower num_grads"):
         run_glue.main(command(root, tmp_path / "out", "sst2", *flags))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(28, "No space left on device", "out/a"), "^No space left .*: out/a."),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "not enough memory"),
-    ],
-)
-def test_what_the_machine_lacks_is_said_in_a_line(
-    root, tmp_path, monkeypatch, error, message
-):
-    def fit(*args):
-        raise error
+def test_a_lack_of_memory_on_the_device_is_a_line(root, tmp_path, monkeypatch):
+    def train(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB")
 
-    monkeypatch.setattr(loop, "fit", fit)
-    with pytest.raises(UserError, match=message):
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(UserError, match="not enough memory"):
         run_glue.main(command(root, tmp_path, "sst2", *ADAMW, "--do_train"))
 
 

@@ -234,7 +234,7 @@ def test_short_padding_changes_no_loss(root, tmp_path, monkeypatch, capsys):
             ["--metric_for_best_model", "loss"],
             "must be one of exact, f1, HasAns_exact, .*, got 'loss'",
         ),
-        (["--dataset_name", "nowhere"], "'nowhere' is not a directory here"),
+        (["--dataset_name", "nowhere"], "'nowhere' is not a local directory"),
     ],
 )
 def test_a_bad_flag_writes_nothing(root, tmp_path, monkeypatch, flags, message):

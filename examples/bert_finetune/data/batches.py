@@ -1,7 +1,8 @@
 """Batches of tokenised examples, in an order that follows from seed and step."""
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -37,17 +38,10 @@ class TrainData(NamedTuple):
     def steps_per_epoch(self) -> int:
         return -(-self.features.num_examples // self.batch_size)
 
-
-class Survey(NamedTuple):
-    """What the batches of a run have in common.
-
-    Attributes:
-      lengths: those that occur, rising.
-      max_distinct_tokens: the most distinct tokens of a batch, padding included.
-    """
-
-    lengths: list[int]
-    max_distinct_tokens: int
+    @property
+    def max_length(self) -> int:
+        longest = np.diff(self.features.starts).max()
+        return next(length for length in self.lengths if length >= longest)
 
 
 def batch_lengths(max_length: int) -> list[int]:
@@ -111,20 +105,18 @@ def train_batches(
         )
 
 
-def survey(train_data: TrainData) -> Survey:
-    """Goes through the batches of a run without taking a step."""
-    lengths, most = set(), 0
-    seen = np.zeros(
-        1 + max(train_data.features.tokens.max(), train_data.features.pad_token_id),
-        bool,
-    )
-    for batch in train_batches(train_data):
-        tokens = batch["input_ids"]
-        lengths.add(tokens.shape[1])
-        seen[tokens] = True
-        most = max(most, int(np.count_nonzero(seen)))
-        seen[tokens] = False
-    return Survey(sorted(lengths), most)
+def max_distinct_tokens(
+    train_data: TrainData, first_batches: Sequence[Mapping[str, np.ndarray]]
+) -> int:
+    """Returns a bound on the distinct tokens of a batch, padding included.
+
+    It is that of the first batches, or in a longer run six standard deviations above
+    their mean (the largest of 11,362 batches of QQP lies 4.6 above it).
+    """
+    counts = [len(np.unique(batch["input_ids"])) for batch in first_batches]
+    if train_data.num_steps <= len(counts):
+        return max(counts)
+    return max(*counts, math.ceil(np.mean(counts) + 6 * np.std(counts)))
 
 
 def eval_batches(

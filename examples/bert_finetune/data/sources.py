@@ -7,7 +7,6 @@ from typing import Any
 import datasets
 import pyarrow.parquet
 
-from bert_finetune import hub
 from bert_finetune.errors import UserError
 
 # Extension -> format of `datasets` and its options.
@@ -37,21 +36,19 @@ def load(name: str, config: str | None, split: str) -> datasets.Dataset:
     if directory.is_dir():
         return _load_from_directory(directory, config, split)
     datasets.disable_progress_bars()
-    reachable = hub.hub_is_reachable()
     try:
         return datasets.load_dataset(name, config, split=split)
-    except Exception as error:
+    except (OSError, ValueError) as error:
+        hint = ""
         if config is None and "Config name is missing" in str(error):
-            raise UserError(
-                f"data set {name!r} has several configurations: give "
-                f"--dataset_config_name. {str(error).splitlines()[-1]}"
-            ) from None
+            hint = " Give --dataset_config_name."
         folder = f"{config}/" if config else ""
         raise UserError(
-            f"data set {name!r} is not a directory here, and "
-            f"{hub.hub_failure(reachable, error)} Give --dataset_name a directory that "
-            f"holds {folder}{split}-*.parquet, or files of your own."
-        ) from None
+            f"data set {name!r} is not a local directory, and the Hugging Face Hub "
+            f"could not provide it ({' '.join(str(error).split())}).{hint} Give "
+            f"--dataset_name a directory that holds {folder}{split}-*.parquet, or "
+            "files of your own."
+        ) from error
 
 
 def _load_from_directory(

@@ -11,7 +11,7 @@ from transformers import BertConfig
 from bert_finetune.arguments import GlueArguments
 from bert_finetune.data import sources
 from bert_finetune.errors import UserError
-from bert_finetune.glue.tasks import TASKS, Task, task_of_files
+from bert_finetune.glue.tasks import TASKS, GlueTask, task_of_files
 
 LABEL = "label"
 
@@ -29,7 +29,7 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
-def find_task(args: GlueArguments, config: BertConfig) -> Task:
+def find_task(args: GlueArguments, config: BertConfig) -> GlueTask:
     """Returns the task that the flags name, or that their files hold.
 
     The labels of files are those of the training file; without one, those that the
@@ -80,7 +80,7 @@ def _find_text_columns(dataset: datasets.Dataset, path: str) -> list[str]:
 
 
 def load_split(
-    args: GlueArguments, task: Task, split: str, max_samples: int | None
+    args: GlueArguments, task: GlueTask, split: str, max_samples: int | None
 ) -> Split:
     """Loads a split and checks its texts and labels.
 
@@ -112,7 +112,7 @@ def load_split(
     return Split(dataset, find_labels(values, task, where))
 
 
-def _label_numbers(values: Sequence[Any], task: Task, where: str) -> np.ndarray:
+def _label_numbers(values: Sequence[Any], task: GlueTask, where: str) -> np.ndarray:
     low, high = task.label_range or (-np.inf, np.inf)
     numbers = [value for value in values if isinstance(value, int | float)]
     if len(numbers) < len(values) or not all(
@@ -126,7 +126,7 @@ def _label_numbers(values: Sequence[Any], task: Task, where: str) -> np.ndarray:
     return np.asarray(numbers, np.float32)
 
 
-def _label_indices(values: Sequence[Any], task: Task, where: str) -> np.ndarray:
+def _label_indices(values: Sequence[Any], task: GlueTask, where: str) -> np.ndarray:
     names = task.label_names
     index = {name: i for i, name in enumerate(names)}
     if task in TASKS.values():

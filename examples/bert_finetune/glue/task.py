@@ -1,253 +1,215 @@
-"""Fine-tuning on a GLUE task or on files of one's own, from flags to results."""
+"""The task of run_glue: a GLUE task, or classification and regression on your files."""
 
-import functools
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from bert_finetune import finetune, hub
+from bert_finetune import hub
 from bert_finetune.arguments import GlueArguments
 from bert_finetune.data.batches import eval_batches, prefetch
 from bert_finetune.data.features import Features, tokenize
-from bert_finetune.glue import metrics, splits
-from bert_finetune.glue.tasks import Task
+from bert_finetune.glue import splits
+from bert_finetune.glue.metrics import glue_metrics
 from bert_finetune.model import bert, pretrained
-from bert_finetune.training import loop
-from bert_finetune.training.losses import classification_loss, regression_loss
-from bert_finetune.training.steps import make_eval_step, predict
+from bert_finetune.training import losses
+from bert_finetune.training.task import (
+    Description,
+    check_flags,
+    padded_lengths,
+    speed,
+)
 
 _MODEL_CLASS = bert.BertForSequenceClassification
 
 
-class Classifier(NamedTuple):
-    """A model and its task.
-
-    Attributes:
-      args: the flags.
-      task: of the flags.
-      model: as read.
-      apply: the model as a function.
-      eval_step: from :func:`make_eval_step`.
-      model_labels: the model's label for each label of the data. A model that knows the
-        task's labels in another order keeps its own.
-    """
-
-    args: GlueArguments
-    task: Task
-    model: pretrained.Pretrained
-    apply: bert.Apply
-    eval_step: Callable[..., Any]
-    model_labels: np.ndarray
-
-
-def run(args: GlueArguments, command: str) -> dict[str, float]:
-    """Trains, evaluates and predicts as the flags say; returns what evaluation found.
+class Classification:
+    """A classifier, or a regression, with its data; implements `training.task.Task`.
 
     Args:
       args: the flags.
-      command: what was typed, for the model card.
 
     Raises:
-      UserError: for anything in the flags, the files or the data that cannot be used.
+      UserError: for a model, files or data that cannot be used.
     """
-    classifier = load_classifier(args)
-    task = classifier.task
-    train_set, eval_sets, test_sets = _load_splits(args, task)
-    train_run = None
-    if train_set is not None:
-        train_run = plan_training(classifier, train_set)
-    eval_features, test_features = (
-        {name: _features(classifier, split_set) for name, split_set in sets.items()}
-        for sets in (eval_sets, test_sets)
-    )
-    return finetune.run(
-        args,
-        command,
-        classifier.model,
-        finetune.Report(
-            args.data_name,
-            args.train_file or args.dataset_name,
-            args.task_name,
-            [name for name in _result_names(task) if "combined" not in name],
-            "text-classification",
-        ),
-        train_run=train_run,
-        evaluate=functools.partial(_evaluate, classifier, eval_features)
-        if eval_features
-        else None,
-        predict=functools.partial(_write_predictions, classifier, test_features)
-        if test_features
-        else None,
-    )
 
-
-def _result_names(task: Task) -> list[str]:
-    """Returns the names of the metrics over all evaluation splits."""
-    names = [*task.metrics, *(["combined_score"] if len(task.metrics) > 1 else [])]
-    return [name + ending for ending in task.eval_splits.values() for name in names]
-
-
-def _load_splits(
-    args: GlueArguments, task: Task
-) -> tuple[splits.Split | None, dict[str, splits.Split], dict[str, splits.Split]]:
-    """Returns the training split, and by name those to evaluate and to predict."""
-
-    def load(names: Mapping[str, str], file: str | None, max_samples: int | None):
-        # A file stands for one split, whatever the task has.
-        chosen = list(names)[:1] if file is not None else names
-        return {
-            name: splits.load_split(args, task, name, max_samples) for name in chosen
-        }
-
-    train_set, eval_sets, test_sets = None, {}, {}
-    if args.do_train:
-        train_set = splits.load_split(args, task, "train", args.max_train_samples)
-    if args.do_eval:
-        eval_sets = load(task.eval_splits, args.validation_file, args.max_eval_samples)
-    if args.do_predict:
-        test_sets = load(task.test_splits, args.test_file, args.max_predict_samples)
-    return train_set, eval_sets, test_sets
-
-
-def load_classifier(args: GlueArguments) -> Classifier:
-    """Reads the model for the task of the flags.
-
-    Raises:
-      UserError: if it cannot be had, does not fit, or the task is unknown.
-    """
-    directory = hub.resolve_model(args.model_name_or_path)
-    config = pretrained.read_config(directory)
-    task = splits.find_task(args, config)
-    known = list((config.id2label or {}).values())
-    names = list(task.label_names)
-    if sorted(known) == sorted(names):
-        names = known
-    model = pretrained.load_pretrained(
-        directory, _MODEL_CLASS, label_names=names, seed=args.seed
-    )
-    if args.task_name is None:
-        model.notes.append(
-            f"Texts are {' and '.join(task.text_columns)}, labels "
-            f"{'numbers' if task.is_regression else ', '.join(names)}."
+    def __init__(self, args: GlueArguments):
+        directory = hub.resolve_model(args.model_name_or_path)
+        config = pretrained.read_config(directory)
+        task = splits.find_task(args, config)
+        known, names = list((config.id2label or {}).values()), list(task.label_names)
+        # A model that knows the task's labels in another order keeps its own.
+        names = known if sorted(known) == sorted(names) else names
+        model = pretrained.load_pretrained(
+            directory, _MODEL_CLASS, label_names=names, seed=args.seed
         )
-    if task.is_regression:
-        model.config.problem_type = "regression"
-    finetune.check_flags(args, model, ["loss", *_result_names(task)])
-    apply = bert.make_apply(
-        model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
-    )
-    return Classifier(
-        args,
-        task,
-        model,
-        apply,
-        make_eval_step(apply, is_regression=task.is_regression),
-        np.array([names.index(name) for name in task.label_names], np.int32),
-    )
-
-
-def _features(classifier: Classifier, split: splits.Split) -> Features:
-    args, task, labels = classifier.args, classifier.task, split.labels
-    return tokenize(
-        split.dataset,
-        classifier.model.tokenizer,
-        task.text_columns,
-        {"labels": labels if task.is_regression else classifier.model_labels[labels]},
-        args.max_seq_length,
-        overwrite_cache=args.overwrite_cache,
-    )
-
-
-def plan_training(classifier: Classifier, split: splits.Split) -> loop.Run:
-    """Tokenises the split, and prepares everything but the first step.
-
-    Raises:
-      UserError: for an optimizer that does not exist, cannot be used or does not fit.
-    """
-    make_loss = (
-        regression_loss if classifier.task.is_regression else classification_loss
-    )
-    return finetune.plan_training(
-        classifier.args,
-        classifier.model,
-        _MODEL_CLASS,
-        make_loss(classifier.apply),
-        functools.partial(_features, classifier, split),
-    )
-
-
-def _evaluate(
-    classifier: Classifier,
-    eval_features: Mapping[str, Features],
-    params: bert.Params,
-) -> dict[str, float]:
-    """Evaluates on every example once; returns results under Hugging Face's keys."""
-    task, results = classifier.task, {}
-    for split, features in eval_features.items():
-        started = time.perf_counter()
-        losses, predictions = _predict(classifier, params, features)
-        labels = _in_data(classifier, features.targets["labels"])
-        seconds = time.perf_counter() - started
-        size = len(losses)
-        num_batches = math.ceil(size / classifier.args.per_device_eval_batch_size)
-        values = {
-            "loss": float(losses.mean()),
-            **metrics.glue_metrics(task.metrics, labels, predictions),
-            "samples": size,
-            "runtime": seconds,
-            "samples_per_second": size / seconds,
-            "steps_per_second": num_batches / seconds,
-        }
-        ending = task.eval_splits[split]
-        results |= {f"eval_{name}{ending}": value for name, value in values.items()}
-    return results
-
-
-def _predict(
-    classifier: Classifier, params: bert.Params, features: Features
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns losses and predictions, these in the labels of the data."""
-    batch_size = classifier.args.per_device_eval_batch_size
-    lengths = finetune.padded_lengths(classifier.args)
-    losses, predictions = predict(
-        params,
-        classifier.eval_step,
-        prefetch(eval_batches(features, batch_size, lengths)),
-        features.num_examples,
-    )
-    return losses, _in_data(classifier, predictions)
-
-
-def _in_data(classifier: Classifier, labels: np.ndarray) -> np.ndarray:
-    """Returns the model's labels, or predictions, as they are in the data."""
-    if classifier.task.is_regression:
-        return labels
-    return np.argsort(classifier.model_labels)[labels]
-
-
-def _write_predictions(
-    classifier: Classifier,
-    test_features: Mapping[str, Features],
-    params: bert.Params,
-) -> None:
-    """Writes the predictions as GLUE takes them."""
-    task = classifier.task
-    for split, features in test_features.items():
-        _, predictions = _predict(classifier, params, features)
+        if args.task_name is None:
+            model.notes.append(
+                f"Texts are {' and '.join(task.text_columns)}, labels "
+                f"{'numbers' if task.is_regression else ', '.join(names)}."
+            )
         if task.is_regression:
-            if task.label_range is not None:
-                predictions = np.clip(predictions, *task.label_range)
-            shown = [f"{value:.6g}" for value in predictions]
-        elif task.writes_names:
-            shown = [task.label_names[label] for label in predictions]
-        else:
-            shown = [str(label) for label in predictions]
-        rows = [f"{i}\t{value}" for i, value in enumerate(shown)]
-        path = Path(classifier.args.output_dir, task.test_splits[split])
-        path.write_text("\n".join(["index\tprediction", *rows, ""]), encoding="utf-8")
-        print(f"Predictions are in {path}.")
+            model.config.problem_type = "regression"
+        self.args, self.model, self._task = args, model, task
+        check_flags(args, model, ["loss", *self._result_names()])
+        apply = bert.make_apply(
+            model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
+        )
+        make_loss = (
+            losses.regression_loss if task.is_regression else losses.classification_loss
+        )
+        self.loss = make_loss(apply)
+        self._eval_step = make_eval_step(apply, is_regression=task.is_regression)
+        # The model's label for each label of the data.
+        self._model_labels = np.array([names.index(n) for n in task.label_names])
+        self._load_splits()
+
+    def _load_splits(self) -> None:
+        """Loads the splits that the flags need, so that a bad one shows early."""
+        args, task = self.args, self._task
+
+        def load(names: Mapping[str, str], file: str | None, max_samples: int | None):
+            # A file stands for one split, whatever the task has.
+            chosen = list(names)[:1] if file is not None else names
+            return {
+                name: splits.load_split(args, task, name, max_samples)
+                for name in chosen
+            }
+
+        self._eval_features, self._test_features = {}, {}
+        if args.do_train:
+            self._train = splits.load_split(args, task, "train", args.max_train_samples)
+        if args.do_eval:
+            found = load(task.eval_splits, args.validation_file, args.max_eval_samples)
+            self._eval_features = {k: self._features(v) for k, v in found.items()}
+        if args.do_predict:
+            found = load(task.test_splits, args.test_file, args.max_predict_samples)
+            self._test_features = {k: self._features(v) for k, v in found.items()}
+
+    def _features(self, split: splits.Split) -> Features:
+        labels = split.labels
+        if not self._task.is_regression:
+            labels = self._model_labels[labels].astype(np.int32)
+        return tokenize(
+            split.dataset,
+            self.model.tokenizer,
+            self._task.text_columns,
+            {"labels": labels},
+            self.args.max_seq_length,
+            overwrite_cache=self.args.overwrite_cache,
+        )
+
+    def train_features(self) -> Features:
+        """Returns the tokenized training split."""
+        return self._features(self._train)
+
+    def _result_names(self) -> list[str]:
+        """Returns the names of the metrics over all evaluation splits."""
+        names, task = list(self._task.metrics), self._task
+        names += ["combined_score"] if len(names) > 1 else []
+        return [name + ending for ending in task.eval_splits.values() for name in names]
+
+    def describe(self) -> Description:
+        """Returns what to call the run in its reports."""
+        return Description(
+            self.args.data_name,
+            self.args.train_file or self.args.dataset_name,
+            self.args.task_name,
+            [name for name in self._result_names() if "combined" not in name],
+            "text-classification",
+        )
+
+    def evaluate(self, params: bert.Params) -> dict[str, float]:
+        """Evaluates every example once; returns results under Hugging Face's keys."""
+        task, results = self._task, {}
+        for split, features in self._eval_features.items():
+            started = time.perf_counter()
+            losses_, predictions = self._predictions(params, features)
+            labels = self._in_data(features.targets["labels"])
+            seconds = time.perf_counter() - started
+            values = {
+                "loss": float(losses_.mean()),
+                **glue_metrics(task.metrics, labels, predictions),
+                **speed(
+                    seconds, features.num_examples, self.args.per_device_eval_batch_size
+                ),
+            }
+            ending = task.eval_splits[split]
+            results |= {f"eval_{name}{ending}": value for name, value in values.items()}
+        return results
+
+    def _predictions(
+        self, params: bert.Params, features: Features
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns losses and predictions, these in the labels of the data."""
+        batch_size = self.args.per_device_eval_batch_size
+        batches = eval_batches(features, batch_size, padded_lengths(self.args))
+        losses_, predictions = predict(
+            params, self._eval_step, prefetch(batches), features.num_examples
+        )
+        return losses_, self._in_data(predictions)
+
+    def _in_data(self, labels: np.ndarray) -> np.ndarray:
+        """Returns the model's labels, or predictions, as they are in the data."""
+        if self._task.is_regression:
+            return labels
+        return np.argsort(self._model_labels)[labels]
+
+    def predict(self, params: bert.Params) -> None:
+        """Writes the predictions in the format of GLUE."""
+        task = self._task
+        for split, features in self._test_features.items():
+            _, predictions = self._predictions(params, features)
+            if task.is_regression:
+                if task.label_range is not None:
+                    predictions = np.clip(predictions, *task.label_range)
+                shown = [f"{value:.6g}" for value in predictions]
+            elif task.writes_names:
+                shown = [task.label_names[label] for label in predictions]
+            else:
+                shown = [str(label) for label in predictions]
+            rows = [f"{i}\t{value}" for i, value in enumerate(shown)]
+            path = Path(self.args.output_dir, task.test_splits[split])
+            path.write_text(
+                "\n".join(["index\tprediction", *rows, ""]), encoding="utf-8"
+            )
+            print(f"Predictions are in {path}.")
+
+
+EvalStep = Callable[[bert.Params, bert.Batch], tuple[jax.Array, jax.Array]]
+
+
+def make_eval_step(apply: bert.Apply, *, is_regression: bool = False) -> EvalStep:
+    """Returns the jitted ``(params, batch) -> (losses, predictions)``, one per row."""
+
+    @jax.jit
+    def eval_step(params, batch):
+        logits = losses.full_precision(apply(params, batch, None))
+        if is_regression:
+            return jnp.square(logits[:, 0] - batch["labels"]), logits[:, 0]
+        values = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch["labels"]
+        )
+        return values, jnp.argmax(logits, axis=-1)
+
+    return eval_step
+
+
+def predict(
+    params: bert.Params,
+    eval_step: EvalStep,
+    batches: Iterable[Mapping[str, Any]],
+    num_examples: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns losses and predictions of all examples, in order, each exactly once."""
+    results = [eval_step(params, batch) for batch in batches]
+    losses_, predictions = (
+        np.concatenate([np.asarray(part) for part in column])[:num_examples]
+        for column in zip(*results, strict=True)
+    )
+    return losses_, predictions

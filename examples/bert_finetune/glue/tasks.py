@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
-class Task(NamedTuple):
+class GlueTask(NamedTuple):
     """A task of classification, or of regression if it has one label only.
 
     Attributes:
@@ -35,35 +35,35 @@ _SENTENCES = ("sentence1", "sentence2")
 _VALIDATION = {"validation": ""}
 
 TASKS = {
-    "cola": Task(
+    "cola": GlueTask(
         ("sentence",),
         ("unacceptable", "acceptable"),
         ("matthews_correlation",),
         _VALIDATION,
         {"test": "CoLA.tsv"},
     ),
-    "sst2": Task(
+    "sst2": GlueTask(
         ("sentence",),
         ("negative", "positive"),
         ("accuracy",),
         _VALIDATION,
         {"test": "SST-2.tsv"},
     ),
-    "mrpc": Task(
+    "mrpc": GlueTask(
         _SENTENCES,
         ("not_equivalent", "equivalent"),
         ("accuracy", "f1"),
         _VALIDATION,
         {"test": "MRPC.tsv"},
     ),
-    "qqp": Task(
+    "qqp": GlueTask(
         ("question1", "question2"),
         ("not_duplicate", "duplicate"),
         ("accuracy", "f1"),
         _VALIDATION,
         {"test": "QQP.tsv"},
     ),
-    "stsb": Task(
+    "stsb": GlueTask(
         _SENTENCES,
         ("similarity",),
         REGRESSION_METRICS,
@@ -71,7 +71,7 @@ TASKS = {
         {"test": "STS-B.tsv"},
         label_range=(0.0, 5.0),
     ),
-    "mnli": Task(
+    "mnli": GlueTask(
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
         ("accuracy",),
@@ -79,7 +79,7 @@ TASKS = {
         {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
         writes_names=True,
     ),
-    "qnli": Task(
+    "qnli": GlueTask(
         ("question", "sentence"),
         ("entailment", "not_entailment"),
         ("accuracy",),
@@ -87,7 +87,7 @@ TASKS = {
         {"test": "QNLI.tsv"},
         writes_names=True,
     ),
-    "rte": Task(
+    "rte": GlueTask(
         _SENTENCES,
         ("entailment", "not_entailment"),
         ("accuracy",),
@@ -95,7 +95,7 @@ TASKS = {
         {"test": "RTE.tsv"},
         writes_names=True,
     ),
-    "wnli": Task(
+    "wnli": GlueTask(
         _SENTENCES,
         ("not_entailment", "entailment"),
         ("accuracy",),
@@ -105,9 +105,9 @@ TASKS = {
 }
 
 
-def task_of_files(text_columns: Sequence[str], label_names: Sequence[str]) -> Task:
+def task_of_files(text_columns: Sequence[str], label_names: Sequence[str]) -> GlueTask:
     """Returns the task of data that have these columns and labels."""
-    return Task(
+    return GlueTask(
         text_columns,
         label_names,
         REGRESSION_METRICS if len(label_names) == 1 else ("accuracy",),

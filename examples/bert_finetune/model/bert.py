@@ -23,6 +23,7 @@ Batch = Mapping[str, jax.Array]
 # (params, batch, dropout_key) -> the model's output; no key, no dropout.
 Apply = Callable[[Params, Batch, jax.Array | None], Any]
 
+WORD_TABLE = "word_embeddings"
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nnx.gelu, approximate=False),
     "gelu_new": functools.partial(nnx.gelu, approximate=True),
@@ -358,6 +359,32 @@ def make_apply(
         )
 
     return apply
+
+
+def decay_mask(params: Params) -> Any:
+    """Marks what decays: all but biases and LayerNorm weights, as in Hugging Face."""
+
+    def decays(path, _):
+        return path[-1].key != "bias" and not any(p.key == "LayerNorm" for p in path)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def is_word_table(params: Params) -> Any:
+    """Marks the word-embedding table."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(p.key == WORD_TABLE for p in path), params
+    )
+
+
+def touched_rows(max_tokens: int, max_length: int) -> dict[str, int]:
+    """Returns by embedding table the rows for which a batch has a gradient.
+
+    Args:
+      max_tokens: distinct tokens of a batch at most.
+      max_length: tokens of an example at most.
+    """
+    return {WORD_TABLE: max_tokens, "position_embeddings": max_length}
 
 
 def _string_keys(tree: Any) -> Any:

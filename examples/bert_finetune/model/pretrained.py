@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 from flax import traverse_util
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerBase
 
@@ -52,12 +54,14 @@ class Pretrained(NamedTuple):
       params: nested dict of arrays, as :func:`bert.init_params` makes them.
       config: with the labels of the task.
       tokenizer: the fast tokenizer.
+      model_class: of the model.
       notes: one sentence for each thing that was ignored or initialised.
     """
 
     params: bert.Params
     config: BertConfig
     tokenizer: PreTrainedTokenizerBase
+    model_class: bert.ModelClass
     notes: list[str]
 
 
@@ -95,7 +99,7 @@ def load_pretrained(
         )
     new_params = bert.init_params(config, model_class, seed)
     params, notes = params_from_tensors(read_tensors(directory), new_params, directory)
-    return Pretrained(params, config, tokenizer, notes)
+    return Pretrained(params, config, tokenizer, model_class, notes)
 
 
 def read_config(directory: Path) -> BertConfig:
@@ -103,10 +107,10 @@ def read_config(directory: Path) -> BertConfig:
     path = directory / "config.json"
     try:
         entries = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{directory} has no config.json.") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{directory} has no config.json.") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(entries, dict):
         raise UserError(f"{path} must hold a JSON object.")
     model_type = entries.pop("model_type", "bert")
@@ -118,7 +122,7 @@ def read_config(directory: Path) -> BertConfig:
         config = BertConfig.from_dict(entries)
     except Exception as error:
         reason = str(error.__cause__ or error).strip()
-        raise UserError(f"{path} cannot be used: {reason}") from None
+        raise UserError(f"{path} cannot be used: {reason}") from error
     bert.check_config(config)
     return config
 
@@ -141,13 +145,10 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """Reads the weights under the names of the file."""
     safetensors_path, torch_path = (directory / name for name in _WEIGHT_FILES)
     if safetensors_path.exists():
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         try:
-            return load_file(safetensors_path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{safetensors_path} cannot be read: {error}") from None
+            return safetensors.numpy.load_file(safetensors_path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{safetensors_path} cannot be read: {error}") from error
     if torch_path.exists():
         return read_torch_checkpoint(torch_path)
     raise UserError(
@@ -224,29 +225,22 @@ def tensors_from_params(params: bert.Params) -> dict[str, np.ndarray]:
     return tensors
 
 
-def save_pretrained(
-    directory: Path,
-    params: bert.Params,
-    config: BertConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model_class: bert.ModelClass,
-) -> None:
-    """Writes a directory that `transformers` loads; each file appears whole or not.
+def save_pretrained(directory: Path, model: Pretrained) -> None:
+    """Writes a directory that `transformers` loads, each file atomically.
 
     Raises:
       UserError: if it cannot be written.
     """
-    from safetensors.numpy import save
-
-    config.architectures = [model_class.__name__]
+    model.config.architectures = [model.model_class.__name__]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
             # Not save_file: it makes the file unreadable for other users.
-            weights = save(tensors_from_params(params), metadata={"format": "pt"})
+            tensors = tensors_from_params(model.params)
+            weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
             Path(staging, "model.safetensors").write_bytes(weights)
-            config.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
+            model.config.save_pretrained(staging)
+            model.tokenizer.save_pretrained(staging)
             for file in sorted(Path(staging).iterdir()):
                 os.replace(file, directory / file.name)
     except OSError as error:

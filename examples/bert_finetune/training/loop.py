@@ -1,8 +1,9 @@
-"""A training run: its loop, evaluations, checkpoints, interruptions and reports."""
+"""The training loop: steps, evaluations, checkpoints, interruptions."""
 
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import signal
 import sys
@@ -13,64 +14,38 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import orbax.checkpoint as ocp
 
 from bert_finetune.arguments import Arguments
-from bert_finetune.data.batches import TrainData, prefetch, train_batches
+from bert_finetune.data import batches
 from bert_finetune.errors import Interrupted, UserError
 from bert_finetune.model import bert, pretrained
-from bert_finetune.reporting.log import Progress, TrainingLog, tensorboard
-from bert_finetune.training import checkpoints, optimizers
-from bert_finetune.training.losses import LossFn
-from bert_finetune.training.output_dir import begin
-from bert_finetune.training.steps import (
-    Diverged,
-    MetricsQueue,
-    TrainState,
-    check_finite,
-    compile_for_lengths,
-    init_state,
-    make_train_step,
-)
+from bert_finetune.reporting.log import Log
+from bert_finetune.training import checkpoints, memory, optimizers, output_dir, steps
+from bert_finetune.training.task import Task, padded_lengths
 
-# Flags that a run may change when it is resumed: what it trains on, and how, stays. The
-# optimizer's are compared as the hyper-parameters that they result in.
-_FREE_FLAGS = frozenset(
-    "output_dir overwrite_output_dir resume_from_checkpoint model_name_or_path "
-    "dataset_name dataset_config_name train_file validation_file test_file do_train "
-    "do_eval do_predict overwrite_cache max_eval_samples max_predict_samples "
-    "per_device_eval_batch_size logging_steps eval_strategy eval_steps save_strategy "
-    "save_steps save_total_limit save_window load_best_model_at_end "
-    "metric_for_best_model report_to optim_args learning_rate weight_decay n_best_size "
-    "max_answer_length null_score_diff_threshold version_2_with_negative".split()
-)
+# The padded lengths of so many batches are compiled ahead, and their tokens counted.
+_FIRST_BATCHES = 256
 
 
 class Run(NamedTuple):
-    """What a training run is made of.
+    """A training run.
 
     Attributes:
-      args: the flags.
-      model: to start from.
-      model_class: of the model.
-      loss_fn: to minimise.
-      optimizer: with its schedule.
+      task: what to train, on what.
       train_data: the batches.
-      lengths: to which they are padded, all that occur.
-      evaluate: from parameters to results, under names with ``eval_``; or ``None``.
+      first_batches: a few of these.
+      optimizer: with its schedule.
     """
 
-    args: Arguments
-    model: pretrained.Pretrained
-    model_class: bert.ModelClass
-    loss_fn: LossFn
+    task: Task
+    train_data: batches.TrainData
+    first_batches: list[dict[str, Any]]
     optimizer: optimizers.Optimizer
-    train_data: TrainData
-    lengths: list[int]
-    evaluate: Callable[[bert.Params], dict[str, float]] | None
 
 
 class Trained(NamedTuple):
-    """What a training run ends with.
+    """The outcome of a training run.
 
     Attributes:
       params: the last ones, or the best.
@@ -83,271 +58,318 @@ class Trained(NamedTuple):
     eval_results: dict[str, float]
 
 
-def fit(run: Run, output_dir: Path, resume_from: list[Path]) -> Trained:
-    """Trains, from the start or from a checkpoint, saves the model and evaluates it.
+def prepare(task: Task, hyperparams: dict[str, Any]) -> Run:
+    """Tokenizes the training data and builds the optimizer.
 
     Args:
-      run: what to do.
-      output_dir: where everything is written.
-      resume_from: checkpoints to go on from; the first that can be used is.
+      task: of the flags.
+      hyperparams: from :func:`optimizers.parse_hyperparams`.
+
+    Raises:
+      UserError: for data or an optimizer that cannot be used.
+    """
+    args = task.args
+    features = task.train_features()
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    num_steps = args.max_steps
+    if num_steps < 0:
+        steps_per_epoch = math.ceil(features.num_examples / batch_size)
+        num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
+    train_data = batches.TrainData(
+        features, batch_size, num_steps, padded_lengths(args), args.seed
+    )
+    first = list(itertools.islice(batches.train_batches(train_data), _FIRST_BATCHES))
+    max_rows = bert.touched_rows(
+        batches.max_distinct_tokens(train_data, first), train_data.max_length
+    )
+    params = task.model.params
+    optimizer = optimizers.make_optimizer(
+        args, hyperparams, num_steps, max_rows, params
+    )
+    memory.check_memory(optimizer, params)
+    return Run(task, train_data, first, optimizer)
+
+
+def train(run: Run, directory: Path) -> Trained:
+    """Trains, from the start or from a checkpoint, and saves the model.
+
+    Args:
+      run: from :func:`prepare`.
+      directory: where everything is written.
 
     Raises:
       Interrupted: after SIGINT or SIGTERM; a checkpoint has been written.
-      UserError: if training diverges, or something cannot be read or written.
+      UserError: if training diverges, or no checkpoint to resume from can be used.
     """
-    args, train_data = run.args, run.train_data
-    num_steps, steps_per_epoch = train_data.num_steps, train_data.steps_per_epoch
-    new_state = functools.partial(
-        init_state,
-        run.model.params,
-        run.optimizer.transformation,
-        args.seed,
+    args, num_steps = run.task.args, run.train_data.num_steps
+    init_state = functools.partial(
+        steps.init_state, run.task.model.params, run.optimizer.transformation, args.seed
     )
-    state, saved = _resume(run, output_dir, resume_from, new_state)
-    start = int(state.step)
-    begin(args, output_dir)
-    train_step = compile_for_lengths(
-        make_train_step(
-            run.loss_fn,
-            run.optimizer.transformation,
-            schedule=run.optimizer.schedule,
-            accumulation_steps=args.gradient_accumulation_steps,
-        ),
-        jax.eval_shape(new_state),
-        next(train_batches(train_data)),
-        run.lengths,
-    )
-    if not args.save_window and (size := checkpoints.window_nbytes(state)):
-        print(
-            f"The window's {size / 1e9:.2f} GB are not kept in checkpoints: a resumed "
-            "run starts with an empty one, and its steps differ until it is full again."
-        )
-    with contextlib.ExitStack() as stack:
-        write_tensorboard = stack.enter_context(
-            tensorboard(output_dir / "runs", start)
-            if args.report_to == "tensorboard"
-            else contextlib.nullcontext(lambda line: None)
-        )
-        progress = stack.enter_context(Progress(num_steps, start))
-        log = TrainingLog(
-            output_dir,
+    metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    with checkpoints.open_manager(
+        directory,
+        limit=args.save_total_limit,
+        best_metric=metric if args.load_best_model_at_end else None,
+    ) as manager:
+        state, saved = _resume(run, manager, init_state)
+        _describe(run, state)
+        output_dir.begin(args, directory)
+        with Log(
+            directory,
+            int(state.step),
             num_steps,
-            steps_per_epoch,
+            run.train_data.steps_per_epoch,
             args.logging_steps,
-            progress,
-            write_tensorboard,
-            saved.get("log"),
-        )
-        try:
-            params, seconds = _take_steps(
-                run, output_dir, train_step, state, log, saved
-            )
-        except Diverged as error:
-            good = checkpoints.find_checkpoints(output_dir, up_to=error.step)
-            kept = f"{good[0]} is the last good checkpoint." if good else ""
-            raise UserError(f"{error} {kept}") from None
-        epoch = {"epoch": num_steps / steps_per_epoch}
-        eval_results = {}
-        if run.evaluate is not None:
-            eval_results = {**run.evaluate(params), **epoch}
-            if not args.load_best_model_at_end:
-                log.evaluation(num_steps, eval_results)
+            args.report_to == "tensorboard",
+            saved.get("log", {}),
+        ) as log:
+            try:
+                state, seconds = _take_steps(run, manager, state, log, saved)
+            except steps.Diverged as error:
+                good = manager.latest_step()
+                kept = (
+                    f" checkpoint-{good} is the last good checkpoint." if good else ""
+                )
+                raise UserError(f"{error}{kept}") from error
+            params = state.params
+            if args.load_best_model_at_end:
+                params = _load_best(manager, params)
+            _save_model(run.task, params, directory)
+            results = {}
+            if args.do_eval:
+                results = run.task.evaluate(params)
+                if not args.load_best_model_at_end:
+                    log.evaluation(num_steps, results)
+    epoch = {"epoch": num_steps / run.train_data.steps_per_epoch}
     train_results = {
         **log.summary(),
         **epoch,
         "train_runtime": seconds,
-        "train_samples": train_data.features.num_examples,
-        "train_samples_per_second": num_steps * train_data.batch_size / seconds,
+        "train_samples": run.train_data.features.num_examples,
+        "train_samples_per_second": num_steps * run.train_data.batch_size / seconds,
         "train_steps_per_second": num_steps / seconds,
     }
-    return Trained(params, train_results, eval_results)
+    return Trained(params, train_results, results | epoch if results else {})
+
+
+def _describe(run: Run, state: steps.TrainState) -> None:
+    """Prints what is trained, on what, with what."""
+    train_data, optimizer = run.train_data, run.optimizer
+    lengths = sorted({batch["input_ids"].shape[1] for batch in run.first_batches})
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    print(
+        f"Training on {train_data.features.num_examples:,} examples: "
+        f"{train_data.num_steps:,} steps of {train_data.batch_size}, padded to "
+        f"{', '.join(map(str, lengths))} tokens; {num_params:,} parameters.\n"
+        f"{optimizer.name} with {optimizer.hyperparams}; its state takes "
+        f"{memory.nbytes(state.opt_state) / 1e9:.2f} GB."
+    )
+    size = checkpoints.window_nbytes(state)
+    if size and not run.task.args.save_window:
+        print(
+            f"The window's {size / 1e9:.2f} GB are not kept in checkpoints: a resumed "
+            "run starts with an empty one, and its steps differ until it is full again."
+        )
 
 
 def _take_steps(
     run: Run,
-    output_dir: Path,
-    train_step: Callable[..., Any],
-    state: TrainState,
-    log: TrainingLog,
+    manager: ocp.CheckpointManager,
+    state: steps.TrainState,
+    log: Log,
     saved: Mapping[str, Any],
-) -> tuple[bert.Params, float]:
-    """Saves and returns the last parameters, or the best, and the seconds it took.
+) -> tuple[steps.TrainState, float]:
+    """Returns the last state and the seconds it took, those of the resumed run too.
 
-    Evaluations and checkpoints wait for the steps before them, and see what these have
-    led to: nothing that has diverged is saved.
+    Evaluations and checkpoints wait for the steps before them, and see the outcome:
+    nothing that has diverged is saved.
     """
-    args, num_steps = run.args, run.train_data.num_steps
-    start = int(state.step)
-    best = _still_best(args, output_dir, saved.get("best"))
+    args, start = run.task.args, int(state.step)
+    train_step = steps.compile_ahead(
+        steps.make_train_step(
+            run.task.loss,
+            run.optimizer.transformation,
+            schedule=run.optimizer.schedule,
+            accumulation_steps=args.gradient_accumulation_steps,
+        ),
+        jax.eval_shape(lambda: state),
+        run.first_batches,
+    )
     began = time.perf_counter() - saved.get("seconds", 0.0)
-    queue = MetricsQueue(log.step)
+    queue = steps.MetricsQueue(log.step)
+    coming = batches.prefetch(batches.train_batches(run.train_data, start))
     with _stop_signals() as stop_signals:
-        batches = prefetch(train_batches(run.train_data, start))
-        for step, batch in enumerate(batches, start + 1):
+        for step, batch in enumerate(coming, start + 1):
             state, metrics = train_step(state, batch)
             queue.put(step, metrics)
-            eval_due = _is_due(args.eval_strategy, _eval_steps(args), step, run)
-            save_due = _is_due(args.save_strategy, args.save_steps, step, run)
+            eval_steps = args.eval_steps or args.logging_steps
+            eval_due = _is_due(args.eval_strategy, eval_steps, step, run.train_data)
+            save_due = _is_due(
+                args.save_strategy, args.save_steps, step, run.train_data
+            )
             if not (eval_due or save_due or stop_signals):
                 continue
             queue.flush()
-            check_finite(state)
-            better = best
+            steps.check_finite(state)
+            results = {}
             # The last parameters are evaluated in any case, after this.
-            if eval_due and (step < num_steps or args.load_best_model_at_end):
-                assert run.evaluate is not None, "--eval_strategy implies --do_eval"
-                results = run.evaluate(state.params)
+            is_last = step == run.train_data.num_steps
+            if eval_due and (not is_last or args.load_best_model_at_end):
+                results = run.task.evaluate(state.params)
                 log.evaluation(step, results)
-                # What is not saved cannot be loaded at the end.
-                better = _better(args, best, step, results) if save_due else best
             if save_due or stop_signals:
-                trainer_state = {
+                loop_state = {
                     "fingerprint": _fingerprint(run),
-                    "best": better,
                     "log": log.state(),
                     "seconds": time.perf_counter() - began,
                 }
-                saved_to = _save_checkpoint(run, output_dir, state, trainer_state)
-                best = better if saved_to else best
+                path = _save_checkpoint(run, manager, state, loop_state, results)
                 if stop_signals:
-                    raise _interrupted(stop_signals[0], step, run, saved_to)
+                    raise _interrupted(stop_signals[0], step, run, path)
         queue.flush()
-        check_finite(state)
-        params = state.params
-        if best is not None:
-            params = _load_best(output_dir, params, best)
-        elif args.load_best_model_at_end:
-            print("No checkpoint is the best: these are the last parameters.")
-        _save_model(run, params, output_dir)
-    return params, time.perf_counter() - began
+        steps.check_finite(state)
+    return state, time.perf_counter() - began
+
+
+def _is_due(
+    strategy: str, every: int, step: int, train_data: batches.TrainData
+) -> bool:
+    if strategy == "no":
+        return False
+    every = every if strategy == "steps" else train_data.steps_per_epoch
+    return step % every == 0 or step == train_data.num_steps
 
 
 def _save_checkpoint(
     run: Run,
-    output_dir: Path,
-    state: TrainState,
-    trainer_state: Mapping[str, Any],
+    manager: ocp.CheckpointManager,
+    state: steps.TrainState,
+    loop_state: Mapping[str, Any],
+    results: Mapping[str, float],
 ) -> Path | None:
     try:
-        path = checkpoints.save(
-            output_dir,
+        return checkpoints.save(
+            manager,
             state,
-            trainer_state,
-            functools.partial(_save_model, run, state.params),
-            with_window=run.args.save_window,
+            loop_state,
+            results,
+            functools.partial(_save_model, run.task, state.params),
+            with_window=run.task.args.save_window,
         )
-    except checkpoints.CheckpointError as error:
-        # A run is worth more than its checkpoint.
-        print(f"warning: {error}", file=sys.stderr)
+    except Exception as error:  # A run is worth more than its checkpoint.
+        print(
+            f"warning: checkpoint-{int(state.step)} cannot be written: "
+            f"{type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
         return None
-    best = trainer_state["best"]
-    checkpoints.remove_old(
-        output_dir,
-        int(state.step),
-        run.args.save_total_limit,
-        best and best["checkpoint"],
-    )
-    return path
 
 
 def _resume(
     run: Run,
-    output_dir: Path,
-    candidates: list[Path],
-    init_state: Callable[[], TrainState],
-) -> tuple[TrainState, Mapping[str, Any]]:
-    checkpoints.clean_up(output_dir)
-    for path in candidates:
-        try:
-            state, saved = checkpoints.restore(path, init_state, _fingerprint(run))
-        except checkpoints.CheckpointError as error:
-            print(f"{error} It is skipped.", file=sys.stderr)
-            continue
-        print(f"Going on from {path}.")
-        if not saved["has_window"]:
-            print("It holds no window: M-FAC starts with an empty one.")
-        return state, saved
-    if candidates:
+    manager: ocp.CheckpointManager,
+    init_state: Callable[[], steps.TrainState],
+) -> tuple[steps.TrainState, Mapping[str, Any]]:
+    """Returns the state to start from, and the loop state saved with it.
+
+    Without `--resume_from_checkpoint` it is that of the newest readable checkpoint in
+    the output directory, as in Hugging Face's script, and with
+    `--overwrite_output_dir` the initial one.
+    """
+    args = run.task.args
+    wanted = args.resume_from_checkpoint
+    if wanted not in (None, "last"):
+        path = Path(wanted)
+        step = checkpoints.step_of(path)
+        if step is None or not path.is_dir():
+            raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint.")
+        if path.parent.resolve() == Path(manager.directory).resolve():
+            return _restore(run, manager, [step], init_state)
+        with checkpoints.open_manager(path.parent, read_only=True) as source:
+            return _restore(run, source, [step], init_state)
+    found = sorted(manager.all_steps(), reverse=True)
+    if wanted is None and args.overwrite_output_dir:
+        for step in found:
+            manager.delete(step)
+        return init_state(), {}
+    if found:
+        return _restore(run, manager, found, init_state)
+    if wanted == "last":
         raise UserError(
-            f"no checkpoint can be used, of {', '.join(map(str, candidates))}. Give "
-            "another --output_dir, or --overwrite_output_dir to start anew."
+            f"--resume_from_checkpoint: there is no checkpoint in {manager.directory}."
         )
     return init_state(), {}
 
 
+def _restore(
+    run: Run,
+    manager: ocp.CheckpointManager,
+    candidates: list[int],
+    init_state: Callable[[], steps.TrainState],
+) -> tuple[steps.TrainState, Mapping[str, Any]]:
+    for step in candidates:
+        path = Path(manager.directory, f"checkpoint-{step}")
+        try:
+            saved = checkpoints.read_loop_state(manager, step)
+            _check_same_run(run, saved["fingerprint"], path)
+            state = checkpoints.read_state(
+                manager, step, init_state, has_window=saved["has_window"]
+            )
+        except UserError:
+            raise
+        except Exception as error:  # Whatever orbax raises for a damaged checkpoint.
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            print(f"{path} cannot be read: {reason} It is skipped.", file=sys.stderr)
+            continue
+        print(f"Resuming from {path}.")
+        # Those after it are written again, and must not count as the newest.
+        for later in [other for other in manager.all_steps() if other > step]:
+            manager.delete(later)
+        if not saved["has_window"]:
+            print("It holds no window: M-FAC starts with an empty one.")
+        return state, saved
+    raise UserError(
+        f"no checkpoint in {manager.directory} can be read. Give another --output_dir, "
+        "or --overwrite_output_dir to start over."
+    )
+
+
 def _fingerprint(run: Run) -> dict[str, Any]:
     """Returns what must not change for a resumed run to be the same run."""
-    flags = {
-        f"--{name}": value
-        for name, value in vars(run.args).items()
-        if name not in _FREE_FLAGS
-    }
     features = run.train_data.features
     examples = hashlib.sha256()
     for array in (features.tokens, features.starts, *features.targets.values()):
         examples.update(array.tobytes())
     return {
-        **flags,
+        **run.task.args.fixed,
         "the hyper-parameters": run.optimizer.hyperparams,
         "the hash of the training examples": examples.hexdigest()[:16],
     }
 
 
-def _is_due(strategy: str, steps: int, step: int, run: Run) -> bool:
-    if strategy == "no":
-        return False
-    every = steps if strategy == "steps" else run.train_data.steps_per_epoch
-    return step % every == 0 or step == run.train_data.num_steps
+def _check_same_run(run: Run, saved: Mapping[str, Any], path: Path) -> None:
+    for name, value in _fingerprint(run).items():
+        if saved.get(name, value) != value:
+            raise UserError(
+                f"{path} is of another run: {name} was {saved[name]!r} there and is "
+                f"{value!r} now. Give another --output_dir, or --overwrite_output_dir "
+                "to start over."
+            )
 
 
-def _eval_steps(args: Arguments) -> int:
-    return args.eval_steps or args.logging_steps
-
-
-def _metric_for_best_model(args: Arguments) -> str:
-    return args.metric_for_best_model.removeprefix("eval_")
-
-
-def _still_best(
-    args: Arguments, output_dir: Path, best: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """Returns the best so far of a resumed run, if the flags still ask for it."""
-    if best is None or not args.load_best_model_at_end:
-        return None
-    if best["metric"] != _metric_for_best_model(args):
-        return None
-    return best if (output_dir / best["checkpoint"]).exists() else None
-
-
-def _better(
-    args: Arguments,
-    best: dict[str, Any] | None,
-    step: int,
-    results: Mapping[str, float],
-) -> dict[str, Any] | None:
-    if not args.load_best_model_at_end:
-        return None
-    name = _metric_for_best_model(args)
-    value = results[f"eval_{name}"] * (-1 if name.endswith("loss") else 1)
-    if math.isnan(value) or (best is not None and value <= best["value"]):
-        return best
-    return {"metric": name, "value": value, "checkpoint": f"checkpoint-{step}"}
-
-
-def _load_best(
-    output_dir: Path, params: bert.Params, best: Mapping[str, Any]
-) -> bert.Params:
-    path = output_dir / best["checkpoint"]
-    tensors = pretrained.read_tensors(path)
+def _load_best(manager: ocp.CheckpointManager, params: bert.Params) -> bert.Params:
+    step = manager.best_step()
+    if step is None:
+        print("No checkpoint is the best: these are the last parameters.")
+        return params
+    path = Path(manager.directory, f"checkpoint-{step}")
     print(f"The best model is that of {path}.")
+    tensors = pretrained.read_tensors(path)
     return pretrained.params_from_tensors(tensors, params, path)[0]
 
 
-def _save_model(run: Run, params: bert.Params, directory: Path) -> None:
-    model = run.model
-    pretrained.save_pretrained(
-        directory, params, model.config, model.tokenizer, run.model_class
-    )
+def _save_model(task: Task, params: bert.Params, directory: Path) -> None:
+    pretrained.save_pretrained(directory, task.model._replace(params=params))
 
 
 @contextlib.contextmanager
@@ -373,12 +395,13 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def _interrupted(number: int, step: int, run: Run, path: Path | None) -> Interrupted:
+    args: Arguments = run.task.args
     kept = "It could not be saved." if path is None else f"It is saved in {path}."
     how = "The same command"
-    if run.args.overwrite_output_dir or run.args.resume_from_checkpoint is not None:
+    if args.overwrite_output_dir or args.resume_from_checkpoint is not None:
         how += " with --resume_from_checkpoint last"
     return Interrupted(
         f"stopped by {signal.Signals(number).name} after step {step} of "
-        f"{run.train_data.num_steps}. {kept} {how} goes on from the last checkpoint.",
+        f"{run.train_data.num_steps}. {kept} {how} resumes from the last checkpoint.",
         exit_code=128 + number,
     )

@@ -1,4 +1,4 @@
-"""The losses to minimise."""
+"""Training losses: the mean over the rows of a batch whose weight is 1."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,12 @@ from bert_finetune.model import bert
 
 # The mean loss of a batch and further scalars to record.
 LossFn = Callable[
-    [bert.Params, bert.Batch, jax.Array | None],
-    tuple[jax.Array, dict[str, jax.Array]],
+    [bert.Params, bert.Batch, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]
 ]
 
 
 def classification_loss(apply: bert.Apply) -> LossFn:
-    """Cross-entropy averaged over the rows of a batch whose weight is 1."""
+    """Returns the cross-entropy, and the accuracy next to it."""
 
     def loss_fn(params, batch, dropout_key):
         logits = full_precision(apply(params, batch, dropout_key))
@@ -24,30 +23,25 @@ def classification_loss(apply: bert.Apply) -> LossFn:
             logits, batch["labels"]
         )
         correct = jnp.argmax(logits, axis=-1) == batch["labels"]
-        weights = batch["weights"].astype(losses.dtype)
-        return weighted_mean(losses, weights), {
-            "accuracy": weighted_mean(correct.astype(losses.dtype), weights)
-        }
+        return weighted_mean(losses, batch), {"accuracy": weighted_mean(correct, batch)}
 
     return loss_fn
 
 
 def regression_loss(apply: bert.Apply) -> LossFn:
-    """Squared error averaged over the rows of a batch whose weight is 1."""
+    """Returns the squared error."""
 
     def loss_fn(params, batch, dropout_key):
         predictions = full_precision(apply(params, batch, dropout_key))[:, 0]
-        losses = jnp.square(predictions - batch["labels"])
-        return weighted_mean(losses, batch["weights"].astype(losses.dtype)), {}
+        return weighted_mean(jnp.square(predictions - batch["labels"]), batch), {}
 
     return loss_fn
 
 
 def span_loss(apply: bert.Apply) -> LossFn:
-    """Cross-entropy of an answer's first and last token, averaged over both.
+    """Returns the mean cross-entropy of an answer's first and last token.
 
-    It is averaged over the rows of a batch whose weight is 1. Padding is no candidate,
-    so that its amount changes nothing.
+    Padding is no candidate, so that its amount changes nothing.
     """
 
     def loss_fn(params, batch, dropout_key):
@@ -61,17 +55,18 @@ def span_loss(apply: bert.Apply) -> LossFn:
         start_logits, end_logits = apply(params, batch, dropout_key)
         start_losses = loss_of(start_logits, batch["start_positions"])
         end_losses = loss_of(end_logits, batch["end_positions"])
-        losses = (start_losses + end_losses) / 2
-        return weighted_mean(losses, batch["weights"].astype(losses.dtype)), {}
+        return weighted_mean((start_losses + end_losses) / 2, batch), {}
 
     return loss_fn
 
 
 def full_precision(logits: jax.Array) -> jax.Array:
-    """Returns logits of float32 at least."""
+    """Returns logits of at least float32."""
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean over the entries of weight 1; 0 where there are none."""
+def weighted_mean(values: jax.Array, batch: bert.Batch) -> jax.Array:
+    """Returns the mean over the rows of weight 1; 0 where there are none."""
+    values = full_precision(values)
+    weights = batch["weights"].astype(values.dtype)
     return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1)

@@ -1,8 +1,7 @@
-"""The output directory of a run: there, writable, and nobody else's."""
+"""The output directory of a run."""
 
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import filelock
 from bert_finetune.arguments import Arguments
 from bert_finetune.errors import UserError
 from bert_finetune.files import write_json
-from bert_finetune.training import checkpoints
+from bert_finetune.training.checkpoints import step_of
 
 ARGUMENTS_FILE = "arguments.json"
 _LOCK = ".lock"
@@ -28,81 +27,54 @@ def locked(args: Arguments) -> Iterator[Path]:
 
     Raises:
       UserError: if it cannot be written, another run is using it, or training would mix
-        with what is there.
+        with its contents.
     """
-    output_dir = Path(args.output_dir)
+    directory = Path(args.output_dir)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise UserError(
-            f"--output_dir {output_dir} cannot be written: {error.strerror}."
-        ) from None
+            f"--output_dir {directory} cannot be written: {error.strerror}."
+        ) from error
     if args.do_train:
-        _check_contents(args, output_dir)
-    # The system lifts it with the process, however that ends.
-    lock = filelock.FileLock(output_dir / _LOCK)
+        _check_contents(args, directory)
+    # The system releases it when the process ends, however that happens.
+    lock = filelock.FileLock(directory / _LOCK)
     try:
         lock.acquire(blocking=False)
-    except filelock.Timeout:
+    except filelock.Timeout as error:
         raise UserError(
-            f"another run is using --output_dir {output_dir}: wait for it, or give "
+            f"another run is using --output_dir {directory}: wait for it, or give "
             "another directory."
-        ) from None
+        ) from error
     try:
-        yield output_dir
+        yield directory
     finally:
         lock.release()
 
 
-def _check_contents(args: Arguments, output_dir: Path) -> None:
+def _check_contents(args: Arguments, directory: Path) -> None:
     wanted = args.resume_from_checkpoint
     is_of_here = wanted == "last" or (
-        wanted is not None and Path(wanted).resolve().parent == output_dir.resolve()
+        wanted is not None and Path(wanted).resolve().parent == directory.resolve()
     )
     if args.overwrite_output_dir or is_of_here:
         return
-    contents = {path.name for path in output_dir.iterdir()} - {_LOCK}
+    contents = {path.name for path in directory.iterdir()} - {_LOCK}
     # A run that was killed before its first checkpoint has left nothing to lose.
     began_only = ARGUMENTS_FILE in contents and "model.safetensors" not in contents
-    goes_on = wanted is None and checkpoints.find_checkpoints(output_dir)
-    if contents and not goes_on and not began_only:
+    resumes = wanted is None and any(step_of(Path(name)) for name in contents)
+    if contents and not resumes and not began_only:
         raise UserError(
-            f"--output_dir {output_dir} is not empty: give another one, or "
+            f"--output_dir {directory} is not empty: give another one, or "
             "--overwrite_output_dir to train into it."
         )
 
 
-def checkpoints_to_resume(args: Arguments, output_dir: Path) -> list[Path]:
-    """Returns the checkpoints that training may go on from, the best choice first.
-
-    Without `--resume_from_checkpoint` these are the ones in the output directory, as in
-    Hugging Face's script, and none with `--overwrite_output_dir`.
-
-    Raises:
-      UserError: if the flag names no checkpoint.
-    """
-    wanted = args.resume_from_checkpoint
-    found = checkpoints.find_checkpoints(output_dir)
-    if wanted is None:
-        return [] if args.overwrite_output_dir else found
-    if wanted != "last":
-        if not Path(wanted).is_dir():
-            raise UserError(f"--resume_from_checkpoint {wanted} is no directory.")
-        return [Path(wanted)]
-    if not found:
-        raise UserError(
-            f"--resume_from_checkpoint: there is no checkpoint in {output_dir}."
-        )
-    return found
-
-
-def begin(args: Arguments, output_dir: Path) -> None:
+def begin(args: Arguments, directory: Path) -> None:
     """Removes the results of earlier runs, and writes down the flags of this one."""
     for name in _RESULTS:
-        (output_dir / f"{name}.json").unlink(missing_ok=True)
-    if args.overwrite_output_dir and args.resume_from_checkpoint is None:
-        for path in checkpoints.find_checkpoints(output_dir):
-            shutil.rmtree(path)
-    write_json(output_dir / ARGUMENTS_FILE, dataclasses.asdict(args))
+        (directory / f"{name}.json").unlink(missing_ok=True)
+    write_json(directory / ARGUMENTS_FILE, dataclasses.asdict(args))

@@ -1,9 +1,9 @@
-"""The train step and the evaluation step, for any model, loss and Optax optimizer."""
+"""The train step, for any loss and any Optax optimizer."""
 
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import optax
 import mfac_jax
 from bert_finetune.errors import UserError
 from bert_finetune.model import bert
-from bert_finetune.training.losses import LossFn, full_precision
+from bert_finetune.training.losses import LossFn
 
 # Steps that may be dispatched before the first of them has to be finished.
 _MAX_STEPS_IN_FLIGHT = 16
@@ -102,49 +102,34 @@ def make_train_step(
     return train_step
 
 
-def compile_for_lengths(
-    train_step: Any,
-    state: Any,
-    batch: Mapping[str, np.ndarray],
-    lengths: Sequence[int],
+def compile_ahead(
+    train_step: Any, state: Any, batches: Iterable[Mapping[str, np.ndarray]]
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles the step for every length that occurs, before the first step.
+    """Compiles the step in parallel for the lengths to which some batches are padded.
 
     Args:
       train_step: from :func:`make_train_step`.
       state: of the run, or its shapes.
-      batch: any batch of the run.
-      lengths: to which the batches of the run are padded.
+      batches: some of the run. The step compiles other lengths when they come.
 
     Returns:
-      The step, for batches of these lengths only.
+      The step.
     """
-
-    def padded_to(length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            name: jax.ShapeDtypeStruct(
-                (len(column), length) if column.ndim > 1 else column.shape, column.dtype
-            )
-            for name, column in batch.items()
-        }
-
-    lowered = [train_step.lower(state, padded_to(length)) for length in lengths]
+    by_length = {batch["input_ids"].shape[1]: batch for batch in batches}
+    lowered = [train_step.lower(state, batch) for batch in by_length.values()]
     # XLA compiles without holding Python's lock.
     with ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda step: step.compile(), lowered)
-        steps = dict(zip(lengths, compiled, strict=True))
-    return lambda state, batch: steps[batch["input_ids"].shape[1]](state, batch)
+        steps = dict(zip(by_length, compiled, strict=True))
+    return lambda state, batch: steps.get(batch["input_ids"].shape[1], train_step)(
+        state, batch
+    )
 
 
 class Diverged(UserError):
-    """Training has led to numbers that are not finite.
+    """Reports that training has led to numbers that are not finite."""
 
-    Attributes:
-      step: at which they were seen.
-    """
-
-    def __init__(self, what: str, step: int):
-        self.step = step
+    def __init__(self, what: str):
         super().__init__(
             f"{what}: training has diverged. Lower the learning rate, or raise damp "
             "for MFAC."
@@ -158,8 +143,7 @@ def check_finite(state: TrainState) -> None:
       Diverged: if one of them is not finite.
     """
     if not _all_finite(state.params):
-        step = int(state.step)
-        raise Diverged(f"parameters are not finite after step {step}", step)
+        raise Diverged(f"parameters are not finite after step {int(state.step)}")
 
 
 @jax.jit
@@ -209,48 +193,5 @@ class MetricsQueue:
         step, on_device = self._in_flight.popleft()
         metrics = {k: v.item() for k, v in jax.device_get(on_device).items()}
         if not math.isfinite(metrics["loss"]):
-            raise Diverged(f"the loss is {metrics['loss']} at step {step}", step)
+            raise Diverged(f"the loss is {metrics['loss']} at step {step}")
         self._on_metrics(step, metrics)
-
-
-def make_eval_step(
-    apply: bert.Apply, *, is_regression: bool = False
-) -> Callable[[bert.Params, Mapping[str, Any]], tuple[jax.Array, jax.Array]]:
-    """Returns the jitted ``(params, batch) -> (losses, predictions)``, one per row."""
-
-    @jax.jit
-    def eval_step(params, batch):
-        logits = full_precision(apply(params, batch, None))
-        if is_regression:
-            return jnp.square(logits[:, 0] - batch["labels"]), logits[:, 0]
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["labels"]
-        )
-        return losses, jnp.argmax(logits, axis=-1)
-
-    return eval_step
-
-
-def make_span_step(apply: bert.Apply) -> Callable[..., Any]:
-    """Returns the jitted ``(params, batch) -> (start_logits, end_logits)``."""
-
-    @jax.jit
-    def span_step(params, batch):
-        return jax.tree.map(full_precision, apply(params, batch, None))
-
-    return span_step
-
-
-def predict(
-    params: bert.Params,
-    eval_step: Callable[..., tuple[jax.Array, jax.Array]],
-    batches: Iterable[Mapping[str, np.ndarray]],
-    num_examples: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns losses and predictions of all examples, in order, each exactly once."""
-    results = [eval_step(params, batch) for batch in batches]
-    losses, predictions = (
-        np.concatenate([np.asarray(part) for part in column])[:num_examples]
-        for column in zip(*results, strict=True)
-    )
-    return losses, predictions

@@ -1,6 +1,7 @@
 import jax
 import pytest
-from bert_finetune.training import compilation_cache
+from bert_finetune import cli
+from bert_finetune.errors import Interrupted, UserError
 
 NAMES = [
     "compilation_cache_dir",
@@ -21,16 +22,45 @@ def config(monkeypatch, tmp_path):
 
 
 def test_programs_are_kept_in_the_cache_of_the_user(config, tmp_path):
-    compilation_cache.enable()
+    cli.keep_compiled_programs()
     assert config.jax_compilation_cache_dir == str(tmp_path / "mfac_jax" / "xla")
     assert config.jax_compilation_cache_max_size > 0
 
 
 def test_what_jax_was_told_stays(config):
     jax.config.update("jax_compilation_cache_dir", "elsewhere")
-    compilation_cache.enable()
+    cli.keep_compiled_programs()
     assert config.jax_compilation_cache_dir == "elsewhere"
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.enable()
+    cli.keep_compiled_programs()
     assert config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("no such file"), "error: no such file"),
+        (Interrupted("stopped", 130), 130),
+        (KeyboardInterrupt(), "interrupted; nothing is lost."),
+    ],
+)
+def test_errors_of_the_user_are_a_line_and_an_exit_code(error, code, monkeypatch):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run_script(main, "nothing is lost.")
+    assert caught.value.code == code
+    if isinstance(error, UserError):
+        monkeypatch.setenv("FINETUNE_TRACEBACK", "1")
+        with pytest.raises(UserError):
+            cli.run_script(main, "nothing is lost.")
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        cli.run_script(main, "nothing is lost.")

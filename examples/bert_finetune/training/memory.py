@@ -1,0 +1,68 @@
+"""The memory that an optimizer needs, and that there is."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import psutil
+
+import mfac_jax
+from bert_finetune.errors import UserError
+from bert_finetune.training.optimizers import Optimizer
+
+# Next to the optimizer's state: parameters, gradient, update and activations of a
+# batch, in units of the parameters.
+_WORKING_COPIES = 4
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+def nbytes(tree: Any) -> int:
+    """Returns the bytes of all arrays of a tree, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_memory(optimizer: Optimizer, params: Any) -> None:
+    """Checks that the optimizer's state fits, before anything is allocated.
+
+    Raises:
+      UserError: with the size of the state, the memory there is, and what would fit.
+    """
+    shapes = jax.eval_shape(optimizer.transformation.init, params)
+    state, working = nbytes(shapes), _WORKING_COPIES * nbytes(params)
+    available = available_memory()
+    if state + working <= available:
+        return
+    message = (
+        f"the state of {optimizer.name} takes {state / 1e9:.1f} GB and training next "
+        f"to it about {working / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory "
+        "are available."
+    )
+    num_grads = optimizer.hyperparams.get("num_grads")
+    if num_grads is not None:
+        window = mfac_jax.window_nbytes(shapes)
+        # Less one gradient: a top-k window also keeps an error of that size.
+        for_window = available - working - (state - window) - nbytes(params)
+        fitting = max(0, for_window * num_grads // window)
+        message += (
+            f" Its window holds num_grads = {num_grads} gradients; {fitting} would "
+            "fit: lower num_grads in --optim_args."
+        )
+    raise UserError(message)
+
+
+def available_memory() -> int:
+    """Returns the bytes that can still be allocated on the first device."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    available = psutil.virtual_memory().available
+    for limit_file in _CGROUP_LIMITS:
+        try:
+            limit = int(Path(limit_file).read_text())
+        except (OSError, ValueError):
+            continue  # No such version of cgroups, or "max": no limit.
+        available = min(available, limit - psutil.Process().memory_info().rss)
+    return available
