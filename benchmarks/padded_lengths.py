@@ -13,6 +13,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,8 +58,8 @@ class Steps:
         params: bert.Params | None = None,
     ):
         optimizer = run.optimizer.transformation
-        params = jax.tree.map(np.asarray, params or run.task.model.params)
-        self._state = steps.init_state(params, optimizer, seed=0)
+        initial: Any = jax.tree.map(np.asarray, params or run.task.model.params)
+        self._state = steps.init_state(initial, optimizer, seed=0)
         self.optimizer_state_bytes = nbytes(self._state.opt_state)
         started = time.perf_counter()
         self._step = steps.compile_ahead(
