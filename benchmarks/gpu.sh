@@ -48,7 +48,7 @@ measure() {
   fi
 }
 
-# Meanwhile, on other cores: QQP is tokenised, and the authors' kernels are built. Newer
+# Meanwhile, on other cores: QQP is tokenized, and the authors' kernels are built. Newer
 # versions of torch have other names for what they call.
 prepare() {
   JAX_PLATFORMS=cpu "$python" benchmarks/train_throughput.py --padding short --turns 1 \

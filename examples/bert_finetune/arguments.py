@@ -47,7 +47,7 @@ class Arguments:
         "Pad every batch to --max_seq_length, instead of to the smallest of a few "
         "lengths that holds its longest example.",
     )
-    overwrite_cache: bool = _flag(False, "Tokenise anew what is cached.")
+    overwrite_cache: bool = _flag(False, "Tokenize anew what is cached.")
     max_train_samples: Fixed[int | None] = _flag(
         None, "Train on the first examples only."
     )
@@ -123,7 +123,7 @@ class Arguments:
     report_to: Literal["none", "tensorboard"] = _flag(
         "none", "Where metrics go beside metrics.jsonl."
     )
-    seed: Fixed[int] = _flag(42, "Fixes initialisation, data order and dropout.")
+    seed: Fixed[int] = _flag(42, "Fixes initialization, data order and dropout.")
     overwrite_output_dir: bool = _flag(
         False,
         "Train anew into a directory that is not empty; its checkpoints are deleted.",

@@ -35,7 +35,7 @@ def cut(columns, tokenizer, max_length, stride):
 
 
 def expected_chunks(columns, tokenizer, max_length, stride):
-    """Tokens and offsets by definition, from texts tokenised alone."""
+    """Tokens and offsets by definition, from texts tokenized alone."""
     alone = {"add_special_tokens": False, "return_offsets_mapping": True}
     for row, (question, context) in enumerate(zip(*columns.values(), strict=True)):
         asked, told = tokenizer(question, **alone), tokenizer(context, **alone)

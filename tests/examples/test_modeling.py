@@ -71,7 +71,7 @@ def toy_apply(**config):
     config = BertConfig(**(toy_bert.CONFIG | config), num_labels=3)
     model_class = bert.BertForSequenceClassification
     params = bert.init_params(config, model_class, 0)
-    # Initialised biases are zero and weights small: logits would hardly differ.
+    # Initialized biases are zero and weights small: logits would hardly differ.
     params = jax.tree.map(lambda x: x + 0.3, params)
     batch = {
         "input_ids": np.arange(12).reshape(2, 6),
@@ -126,7 +126,7 @@ def test_dropout_follows_key_and_config():
     )
 
 
-def test_initialisation_follows_seed_and_config():
+def test_initialization_follows_seed_and_config():
     config = BertConfig(**toy_bert.CONFIG | {"initializer_range": 0.5})
     model_class = bert.BertForSequenceClassification
     params, again, other = (

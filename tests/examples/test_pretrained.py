@@ -94,7 +94,7 @@ def test_names_of_other_writers(tmp_path, change, notes):
     assert_same_params(changed.params, plain.params)
 
 
-def test_what_is_missing_is_initialised_and_said(tmp_path):
+def test_what_is_missing_is_initialized_and_said(tmp_path):
     weights = toy_bert.tensors()
     encoder = {
         name: array
@@ -104,8 +104,8 @@ def test_what_is_missing_is_initialised_and_said(tmp_path):
     toy_bert.write_model(tmp_path, encoder)
     model = pretrained.load_pretrained(tmp_path, CLASSIFIER, seed=3)
     assert model.notes == [
-        "The checkpoint has no classification head: initialised from the seed.",
-        "The checkpoint has no pooler: initialised from the seed.",
+        "The checkpoint has no classification head: initialized from the seed.",
+        "The checkpoint has no pooler: initialized from the seed.",
     ]
     fresh = bert.init_params(model.config, CLASSIFIER, 3)
     assert_same_params(model.params["classifier"], fresh["classifier"])
@@ -122,7 +122,7 @@ def test_another_head_than_the_checkpoint_has(tmp_path):
     assert model.notes == [
         "The checkpoint holds a head of another task: ignored.",
         "The checkpoint holds a pooler, which this model does not have: ignored.",
-        "The checkpoint has no question-answering head: initialised from the seed.",
+        "The checkpoint has no question-answering head: initialized from the seed.",
     ]
 
 

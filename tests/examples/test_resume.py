@@ -24,6 +24,17 @@ from safetensors.numpy import load_file
 
 NUM_STEPS = 24  # Of ten an epoch.
 MFAC = ["--optim", "MFAC", "--optim_args", '{"lr": 1e-2, "num_grads": 8, "damp": 1e-4}']
+# What orbax's threads raise over bad files, and the tasks that they abandon.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::pytest.Pytest{kind}ExceptionWarning")
+    for kind in ("UnhandledThread", "Unraisable")
+]
+
+
+@pytest.fixture(autouse=True)
+def no_abandoned_tasks():
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -283,9 +294,6 @@ def test_without_the_window_a_resumed_run_starts_with_an_empty_one(
     assert np.isfinite(lines[24])
 
 
-# What orbax's threads raise, and the tasks that they abandon.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_loses_nothing(root, tmp_path, unbroken, monkeypatch, capsys):
     """Where a checkpoint cannot be written, training goes on, the last one stays."""
     save = checkpoints.save
@@ -311,7 +319,6 @@ def test_a_full_disk_loses_nothing(root, tmp_path, unbroken, monkeypatch, capsys
     assert_same_model(tmp_path, unbroken)
     run_glue.main(command(root, tmp_path))
     assert not list(tmp_path.glob("*tmp*"))
-    gc.collect()
     assert_same_model(tmp_path, unbroken)
 
 

@@ -1,4 +1,4 @@
-"""Batches of tokenised examples, in an order that follows from seed and step."""
+"""Batches of tokenized examples, in an order set by the seed."""
 
 import collections
 import math
@@ -12,8 +12,6 @@ from bert_finetune.data.features import Features
 
 # A batch is padded to one of these; each that occurs costs one compilation.
 _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
-
-
 _PREFETCHED_BATCHES = 4
 
 

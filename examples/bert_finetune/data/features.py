@@ -1,4 +1,4 @@
-"""Tokenised examples."""
+"""Tokenized examples, cached on disk."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ TOKEN_COLUMNS = {
 
 
 class Features(NamedTuple):
-    """Tokenised examples, one behind the other.
+    """Tokenized examples, concatenated.
 
     Attributes:
       tokens: int32, shape ``(tokens,)``.
@@ -48,7 +48,7 @@ def tokenize(
     *,
     overwrite_cache: bool = False,
 ) -> Features:
-    """Tokenises texts or pairs of texts, truncating the longer one first.
+    """Tokenizes texts or pairs of texts, truncating the longer one first.
 
     Args:
       dataset: holds the text columns.
@@ -56,7 +56,7 @@ def tokenize(
       text_columns: one or two.
       targets: by name, a number per example.
       max_length: tokens per example at most, special tokens included.
-      overwrite_cache: tokenise also what is cached.
+      overwrite_cache: tokenize also what is cached.
     """
 
     def encode(batch: Mapping[str, list[str]], _: list[int]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def map_cached(
     """
     datasets.disable_progress_bars()
     # Not the name that `datasets` would choose, from the tokenizer as it is pickled: it
-    # changes with the first text tokenised.
+    # changes with the first text tokenized.
     _reset(tokenizer)
     parts = (dataset._fingerprint, tokenizer.backend_tokenizer.to_str(), *key)
     fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -128,7 +128,7 @@ def map_cached(
 
 
 def _reset(tokenizer: Any) -> None:
-    """Removes the traces of texts tokenised before, which would be saved with it."""
+    """Removes the traces of texts tokenized before, which would be saved with it."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
 

@@ -141,14 +141,13 @@ def train(run: Run, directory: Path) -> Trained:
                 if not args.load_best_model_at_end:
                     log.evaluation(num_steps, results)
     epoch = {"epoch": num_steps / run.train_data.steps_per_epoch}
-    train_results = {
-        **log.summary(),
-        **epoch,
+    speed = {
         "train_runtime": seconds,
         "train_samples": run.train_data.features.num_examples,
         "train_samples_per_second": num_steps * run.train_data.batch_size / seconds,
         "train_steps_per_second": num_steps / seconds,
     }
+    train_results = {**log.summary(), **epoch, **speed}
     return Trained(params, train_results, results | epoch if results else {})
 
 
@@ -184,17 +183,7 @@ def _take_steps(
     Evaluations and checkpoints wait for the steps before them, and see the outcome:
     nothing that has diverged is saved.
     """
-    args, start = run.task.args, int(state.step)
-    train_step = steps.compile_ahead(
-        steps.make_train_step(
-            run.task.loss,
-            run.optimizer.transformation,
-            schedule=run.optimizer.schedule,
-            accumulation_steps=args.gradient_accumulation_steps,
-        ),
-        jax.eval_shape(lambda: state),
-        run.first_batches,
-    )
+    train_step, start = _compiled_step(run, state), int(state.step)
     began = time.perf_counter() - saved.get("seconds", 0.0)
     queue = steps.MetricsQueue(log.step)
     coming = batches.prefetch(batches.train_batches(run.train_data, start))
@@ -202,28 +191,18 @@ def _take_steps(
         for step, batch in enumerate(coming, start + 1):
             state, metrics = train_step(state, batch)
             queue.put(step, metrics)
-            eval_steps = args.eval_steps or args.logging_steps
-            eval_due = _is_due(args.eval_strategy, eval_steps, step, run.train_data)
-            save_due = _is_due(
-                args.save_strategy, args.save_steps, step, run.train_data
-            )
+            eval_due, save_due = _is_eval_due(run, step), _is_save_due(run, step)
             if not (eval_due or save_due or stop_signals):
                 continue
             queue.flush()
             steps.check_finite(state)
             results = {}
-            # The last parameters are evaluated in any case, after this.
-            is_last = step == run.train_data.num_steps
-            if eval_due and (not is_last or args.load_best_model_at_end):
+            if eval_due:
                 results = run.task.evaluate(state.params)
                 log.evaluation(step, results)
             if save_due or stop_signals:
-                loop_state = {
-                    "fingerprint": _fingerprint(run),
-                    "log": log.state(),
-                    "seconds": time.perf_counter() - began,
-                }
-                path = _save_checkpoint(run, manager, state, loop_state, results)
+                seconds = time.perf_counter() - began
+                path = _save_checkpoint(run, manager, state, log, seconds, results)
                 if stop_signals:
                     raise _interrupted(stop_signals[0], step, run, path)
         queue.flush()
@@ -231,27 +210,51 @@ def _take_steps(
     return state, time.perf_counter() - began
 
 
-def _is_due(
-    strategy: str, every: int, step: int, train_data: batches.TrainData
-) -> bool:
-    if strategy == "no":
-        return False
-    every = every if strategy == "steps" else train_data.steps_per_epoch
-    return step % every == 0 or step == train_data.num_steps
+def _compiled_step(run: Run, state: steps.TrainState) -> Callable[..., Any]:
+    train_step = steps.make_train_step(
+        run.task.loss,
+        run.optimizer.transformation,
+        schedule=run.optimizer.schedule,
+        accumulation_steps=run.task.args.gradient_accumulation_steps,
+    )
+    shapes = jax.eval_shape(lambda: state)
+    return steps.compile_ahead(train_step, shapes, run.first_batches)
+
+
+def _is_eval_due(run: Run, step: int) -> bool:
+    args = run.task.args
+    if step == run.train_data.num_steps:
+        # The last parameters are evaluated after the loop; the best may be others.
+        return args.load_best_model_at_end
+    return _is_due(args.eval_strategy, args.eval_steps or args.logging_steps, step, run)
+
+
+def _is_save_due(run: Run, step: int) -> bool:
+    args, is_last = run.task.args, step == run.train_data.num_steps
+    return _is_due(args.save_strategy, args.save_steps, step, run) or (
+        is_last and args.save_strategy != "no"
+    )
+
+
+def _is_due(strategy: str, every: int, step: int, run: Run) -> bool:
+    if strategy == "epoch":
+        every = run.train_data.steps_per_epoch
+    return strategy != "no" and step % every == 0
 
 
 def _save_checkpoint(
     run: Run,
     manager: ocp.CheckpointManager,
     state: steps.TrainState,
-    loop_state: Mapping[str, Any],
+    log: Log,
+    seconds: float,
     results: Mapping[str, float],
 ) -> Path | None:
     try:
         return checkpoints.save(
             manager,
             state,
-            loop_state,
+            {"fingerprint": _fingerprint(run), "log": log.state(), "seconds": seconds},
             results,
             functools.partial(_save_model, run.task, state.params),
             with_window=run.task.args.save_window,
