@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from bert_finetune import cli
 from bert_finetune.arguments import GlueArguments, parse_arguments
 from bert_finetune.data.batches import prefetch, train_batches
 from bert_finetune.glue.task import Classification
@@ -29,7 +30,8 @@ STEPS_PER_TURN = 100
 
 
 def make_run(model: str, dataset: str, flags: Sequence[str]) -> loop.Run:
-    """Prepares a run of the trainer."""
+    """Prepares a run of the trainer, as its scripts do."""
+    cli.set_up_jax()
     args = parse_arguments(
         GlueArguments,
         [

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from bert_finetune.finetune import finetune
     from bert_finetune.glue.task import Classification
 
-    cli.keep_compiled_programs()
+    cli.set_up_jax()
     command = shlex.join(["python", "examples/run_glue.py", *argv])
     return finetune(args, Classification, command)
 

@@ -22,18 +22,18 @@ def config(monkeypatch, tmp_path):
 
 
 def test_programs_are_kept_in_the_cache_of_the_user(config, tmp_path):
-    cli.keep_compiled_programs()
+    cli.set_up_jax()
     assert config.jax_compilation_cache_dir == str(tmp_path / "mfac_jax" / "xla")
     assert config.jax_compilation_cache_max_size > 0
 
 
 def test_what_jax_was_told_stays(config):
     jax.config.update("jax_compilation_cache_dir", "elsewhere")
-    cli.keep_compiled_programs()
+    cli.set_up_jax()
     assert config.jax_compilation_cache_dir == "elsewhere"
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_enable_compilation_cache", False)
-    cli.keep_compiled_programs()
+    cli.set_up_jax()
     assert config.jax_compilation_cache_dir is None
 
 
