@@ -66,16 +66,16 @@ def test_tokens_are_cached_until_something_changes(tmp_path, tokenizer):
     counting = Counting.from_pretrained(toy_bert.write_model(tmp_path / "model"))
     targets = {"labels": np.zeros(2, np.int32)}
 
-    def tokenize(length, **options):
+    def tokens_of(length, **options):
         return tokenize(dataset, counting, ["a"], targets, length, **options)
 
-    first = tokenize(8)
-    again = tokenize(8)
+    first = tokens_of(8)
+    again = tokens_of(8)
     assert len(calls) == 1
     np.testing.assert_array_equal(first.tokens, again.tokens)
-    tokenize(3)
+    tokens_of(3)
     assert len(calls) == 2
-    tokenize(8, overwrite_cache=True)
+    tokens_of(8, overwrite_cache=True)
     assert len(calls) == 3
 
 
