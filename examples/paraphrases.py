@@ -22,7 +22,6 @@ VERBS = (
     ("imitate", "emulate", "impersonate"),
 )
 _OPPOSITE = {0: 1, 1: 0}
-_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Chances of the changes that make a pair of label 0.
 _CHANGES = {"person": 0.3, "swap": 0.3, "polarity": 0.2, "verb": 0.2}
 
@@ -44,8 +43,9 @@ class _Meaning(NamedTuple):
 
 def vocabulary() -> list[str]:
     """Returns the WordPiece vocabulary; a participle is a verb and the piece `##d`."""
+    special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     verbs = [verb for row in VERBS for verb in row]
-    return [*_SPECIAL_TOKENS, *PERSONS, *verbs, "##d", "does", "is", "not", "by", "?"]
+    return [*special_tokens, *PERSONS, *verbs, "##d", "does", "is", "not", "by", "?"]
 
 
 def generate(num_pairs: int, seed: int) -> list[Pair]:
@@ -60,7 +60,9 @@ def generate(num_pairs: int, seed: int) -> list[Pair]:
     seen = set()
     while len(pairs) < num_pairs:
         label = len(pairs) % 2
-        meaning = _random_meaning(rng)
+        subject, object_ = rng.sample(PERSONS, 2)
+        verb, positive = rng.randrange(len(VERBS)), rng.random() < 0.5
+        meaning = _Meaning(subject, verb, object_, positive)
         other = meaning if label else _changed(meaning, rng)
         pair = Pair(
             _say(meaning, rng, passive=False),
@@ -73,11 +75,6 @@ def generate(num_pairs: int, seed: int) -> list[Pair]:
             pairs.append(pair)
     rng.shuffle(pairs)
     return pairs
-
-
-def _random_meaning(rng: random.Random) -> _Meaning:
-    subject, object_ = rng.sample(PERSONS, 2)
-    return _Meaning(subject, rng.randrange(len(VERBS)), object_, rng.random() < 0.5)
 
 
 def _changed(meaning: _Meaning, rng: random.Random) -> _Meaning:

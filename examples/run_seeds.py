@@ -7,8 +7,8 @@
 
 What follows `--` are flags of `run_glue.py`, or of `run_qa.py` with `--script run_qa`.
 It runs once for every optimizer and seed, in OUTPUT_DIR/OPTIMIZER/seed-SEED. The same
-command after an interruption goes on where it stopped. The result is a table of means
-and standard deviations beside the published ones (`published_results.csv`), in
+command after an interruption resumes where it stopped. The result is a table of means
+and standard deviations next to the published ones (`published_results.csv`), in
 seeds.md, seeds.json (with the lines of every run's metrics.jsonl) and seeds.png.
 """
 
@@ -18,17 +18,15 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import math
 import platform
 import shlex
-import statistics
 import sys
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import run_glue
 import run_qa
 from bert_finetune import cli
@@ -41,13 +39,13 @@ from bert_finetune.arguments import (
 from bert_finetune.errors import Interrupted, UserError
 from bert_finetune.files import read_json_lines, write_json
 from bert_finetune.reporting.plots import plot_bands
-from bert_finetune.training import optimizers
+from bert_finetune.training.optimizers import parse_hyperparams
 
 SCRIPTS = {"run_glue": (run_glue, GlueArguments), "run_qa": (run_qa, QaArguments)}
 
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 PUBLISHED_OPTIMIZERS = {"MFAC": "M-FAC", "adamw": "Adam", "adam": "Adam"}
-# How names begin of what an evaluation says beside its metrics, and of SQuAD's details.
+# How results begin that are no metrics, and SQuAD's details.
 NOT_METRICS = ("runtime", "samples", "steps_per", "total", "HasAns", "NoAns", "best")
 PACKAGES = ("mfac_jax", "jax", "jaxlib", "optax", "flax", "numpy", "transformers")
 
@@ -55,15 +53,8 @@ PACKAGES = ("mfac_jax", "jax", "jaxlib", "optax", "flax", "numpy", "transformers
 class Run(NamedTuple):
     """One optimizer with one seed."""
 
-    script: types.ModuleType
-    optim: str
-    seed: int
     argv: list[str]
     args: Arguments
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.args.output_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,105 +65,91 @@ def main(argv: Sequence[str] | None = None) -> None:
         those of a run in the same directory; and whatever stops a run.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    base, runs = parse_grid(argv)
+    options = parse_options(argv)
+    base, runs = make_runs(options)
     finished = [is_finished(run) for run in runs]
     for number, (run, skip) in enumerate(zip(runs, finished, strict=True), start=1):
-        state = f" is finished in {run.directory}" if skip else ""
-        print(f"Run {number} of {len(runs)}: {run.optim}, seed {run.seed}{state}.")
+        state = f" is finished in {run.args.output_dir}" if skip else ""
+        name = f"{run.args.optim}, seed {run.args.seed}"
+        print(f"Run {number} of {len(runs)}: {name}{state}.")
         if skip:
             continue
         try:
-            run.script.main(run.argv)
+            SCRIPTS[options.script][0].main(run.argv)
         except Interrupted as error:
             message = f"{error} The same command of run_seeds.py continues the grid."
             raise Interrupted(message, error.exit_code) from error
     report(base, runs, shlex.join(["python", "examples/run_seeds.py", *argv]))
 
 
-def parse_grid(argv: Sequence[str]) -> tuple[Arguments, list[Run]]:
-    """Parses the flags; returns those that all runs share, and the runs.
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the flags; those of the runs are in ``arguments``.
 
     Raises:
-      UserError: naming the flag, or whatever is wrong with those of one of the runs.
+      UserError: if there are no seeds.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],  # pyright: ignore[reportOptionalMemberAccess]
         usage="%(prog)s [--script S] --optims NAME[=JSON] ... --seeds N -- ARGUMENTS",
+        description="Fine-tunes with several optimizers and seeds.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--script",
-        choices=SCRIPTS,
-        default="run_glue",
-        help="What runs; run_glue by default.",
-    )
-    parser.add_argument(
-        "--optims",
-        nargs="+",
-        required=True,
-        metavar="NAME[=JSON]",
-        help="Optimizers, each optionally with an --optim_args of its own, for example "
-        "'MFAC={\"num_grads\": 512}'.",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        required=True,
-        metavar="N",
-        help="Number of seeds, counted from the --seed of ARGUMENTS, or 0.",
-    )
-    end = argv.index("--") if "--" in argv else len(argv)
-    options, unknown = parser.parse_known_args(argv[:end])
-    shared = list(argv[end + 1 :])
-    if not shared:
-        raise UserError(
-            f"the arguments of {options.script}.py are missing: give them after --."
-        )
-    if unknown:
-        parser.error(f"unrecognized arguments before --: {' '.join(unknown)}")
+    add = parser.add_argument
+    add("--script", choices=SCRIPTS, default="run_glue", help="run_glue by default")
+    optim_args = "each may have an --optim_args of its own: 'MFAC={\"num_grads\": 512}'"
+    add("--optims", nargs="+", required=True, help=optim_args)
+    add("--seeds", type=int, required=True, help="how many, from --seed or 0 on")
+    add("arguments", nargs="+", metavar="ARGUMENTS", help="of the script, after --")
+    options = parser.parse_args(argv)
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}.")
+    return options
+
+
+def make_runs(options: argparse.Namespace) -> tuple[Arguments, list[Run]]:
+    """Returns the flags that all runs share, parsed, and the runs.
+
+    Raises:
+      UserError: naming the flag that is wrong with one of the runs.
+    """
     # The last of two equal flags counts: a default goes before, a fixed value after.
-    script, kind = SCRIPTS[options.script]
+    shared, (_, kind) = options.arguments, SCRIPTS[options.script]
     base = parse_arguments(kind, ["--seed", "0", *shared])
     if not (base.do_train and base.do_eval):
         raise UserError("--do_train and --do_eval are needed after --.")
     if base.overwrite_output_dir or base.resume_from_checkpoint:
         raise UserError(
             "--overwrite_output_dir and --resume_from_checkpoint are not for several "
-            "runs: finished ones are kept and interrupted ones go on by themselves."
+            "runs: finished ones are kept and interrupted ones resume by themselves."
         )
-    optims: dict[str, list[str]] = {}
+    own_flags: dict[str, list[str]] = {}
     for name, given, optim_args in (entry.partition("=") for entry in options.optims):
-        if name in optims:
+        if name in own_flags:
             raise UserError(f"--optims has {name} twice; both would be in {name}/.")
-        optims[name] = ["--optim_args", optim_args] if given else []
+        own_flags[name] = ["--optim_args", optim_args] if given else []
     runs = []
     # Seed by seed, so that the optimizers can be compared early.
     for seed in range(base.seed, base.seed + options.seeds):
-        for optim, optim_flags in optims.items():
+        for optim, flags in own_flags.items():
             directory = Path(base.output_dir, optim, f"seed-{seed}")
-            run_argv = ["--eval_strategy", "epoch", *shared, "--optim", optim]
-            run_argv += [*optim_flags, "--seed", str(seed)]
-            run_argv += ["--output_dir", str(directory)]
-            run = Run(script, optim, seed, run_argv, parse_arguments(kind, run_argv))
+            argv = ["--eval_strategy", "epoch", *shared, "--optim", optim, *flags]
+            argv += ["--seed", str(seed), "--output_dir", str(directory)]
+            runs.append(Run(argv, parse_arguments(kind, argv)))
             # A mistake in the last optimizer must not show after the first ones' runs.
-            optimizers.parse_hyperparams(run.args)
-            runs.append(run)
+            parse_hyperparams(runs[-1].args)
     return base, runs
 
 
 def is_finished(run: Run) -> bool:
-    """Says whether the run was done before.
+    """Returns whether the run was done before.
 
     Raises:
       UserError: if its directory holds a run with other flags, finished or not.
     """
-    path = run.directory / "arguments.json"
+    directory = Path(run.args.output_dir)
+    path = directory / "arguments.json"
     if not path.exists():
         return False
-    before = json.loads(path.read_text())
-    now = dataclasses.asdict(run.args)
+    before, now = json.loads(path.read_text()), dataclasses.asdict(run.args)
     # The directory is the same one, however its path was spelled.
     changes = [
         f"--{name} was {before.get(name)!r}, now {now.get(name)!r}"
@@ -181,54 +158,43 @@ def is_finished(run: Run) -> bool:
     ]
     if changes:
         raise UserError(
-            f"{run.directory} holds a run with other flags: {'; '.join(changes)}. Use "
+            f"{directory} holds a run with other flags: {'; '.join(changes)}. Use "
             "another --output_dir."
         )
-    return (run.directory / "all_results.json").exists()
+    return (directory / "all_results.json").exists()
 
 
 def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
     """Writes the table and the plot of finished runs, and prints the table."""
     model = Path(base.model_name_or_path).name.lower().replace("_", "-")
-    task = base.data_name
-    optimizers = summarize(runs, published_results(model, task))
-    table = make_table(optimizers)
-    root = Path(base.output_dir)
-    seeds = sorted({run.seed for run in runs})
+    summaries = summarize(runs, published_results(model, base.data_name))
+    root, title = Path(base.output_dir), f"{model} on {base.data_name}"
+    seeds = sorted({run.args.seed for run in runs})
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    write_json(
-        root / "seeds.json",
-        {
-            "model": model,
-            "task": task,
-            "seeds": seeds,
-            "optimizers": optimizers,
-            "command": command,
-            "date": datetime.date.today().isoformat(),
-            "device": jax.devices()[0].device_kind,
-            "versions": {"python": platform.python_version(), **versions},
-        },
+    content = {
+        "model": model,
+        "task": base.data_name,
+        "seeds": seeds,
+        "optimizers": summaries,
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version(), **versions},
+    }
+    write_json(root / "seeds.json", content)
+    table = "\n\n".join([make_table(summaries), *published_notes(summaries)])
+    text = (
+        f"# {title}\n\nMean ± sample standard deviation on the validation split, in "
+        f"percent except the loss; seeds: {', '.join(map(str, seeds))}.\n\n{table}\n\n"
+        f"```bash\n{command}\n```\n"
     )
-    title = f"{model} on {task}"
-    notes = [
-        f"Published {name}: {source}."
-        for name, source in published_sources(optimizers).items()
-    ]
-    paragraphs = [
-        f"# {title}",
-        "Mean ± sample standard deviation on the validation split, in percent except "
-        f"the loss; seeds: {', '.join(map(str, seeds))}.",
-        table,
-        *notes,
-        f"```bash\n{command}\n```",
-    ]
-    (root / "seeds.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    (root / "seeds.md").write_text(text, encoding="utf-8")
     groups = {
         optim: [run["lines"] for run in summary["runs"].values()]
-        for optim, summary in optimizers.items()
+        for optim, summary in summaries.items()
     }
-    plot_bands(root / "seeds.png", title, groups, metric_names(optimizers))
-    print("\n".join(["", table, "", *notes]))
+    plot_bands(root / "seeds.png", title, groups, metric_names(summaries))
+    print(f"\n{table}")
     print(f"The table and the curves are in {root}, as seeds.md, .json and .png.")
 
 
@@ -249,92 +215,75 @@ def published_results(model: str, task: str) -> dict[str, dict[str, dict[str, An
     return results
 
 
-def summarize(
-    runs: Sequence[Run], published: Mapping[str, Mapping[str, Mapping[str, Any]]]
-) -> dict[str, dict[str, Any]]:
+def summarize(runs: Sequence[Run], published: Mapping[str, Any]) -> dict[str, Any]:
     """Returns by optimizer its runs and metrics, and the published metrics."""
-    optimizers: dict[str, dict[str, Any]] = {}
+    summaries: dict[str, dict[str, Any]] = {}
     for run in runs:
-        summary = optimizers.setdefault(
-            run.optim,
-            {
-                "arguments": arguments_of(run),
-                "runs": {},
-                "metrics": {},
-                "published": published.get(PUBLISHED_OPTIMIZERS.get(run.optim, ""), {}),
-            },
+        arguments = dataclasses.asdict(run.args)
+        seed, directory = arguments.pop("seed"), Path(arguments.pop("output_dir"))
+        theirs = published.get(PUBLISHED_OPTIMIZERS.get(run.args.optim, ""), {})
+        summary = summaries.setdefault(
+            run.args.optim, {"arguments": arguments, "runs": {}, "published": theirs}
         )
-        results = json.loads((run.directory / "all_results.json").read_text())
-        lines = read_json_lines(run.directory / "metrics.jsonl")
-        summary["runs"][str(run.seed)] = {**results, "lines": lines}
-        # SQuAD's are in percent.
-        whole = 100 if isinstance(run.args, QaArguments) else 1
-        for key, value in results.items():
-            name = key.removeprefix("eval_")
-            if name != key and not name.startswith(NOT_METRICS):
-                metric = summary["metrics"].setdefault(name, {"values": {}})
-                metric["values"][str(run.seed)] = value / whole
-    for summary in optimizers.values():
-        for metric in summary["metrics"].values():
-            values = list(metric["values"].values())
-            metric["mean"] = statistics.mean(values)
-            metric["std"] = None
-            if len(values) > 1:
-                # Of NaN, a correlation without variance, `statistics` fails.
-                finite = math.isfinite(metric["mean"])
-                metric["std"] = statistics.stdev(values) if finite else math.nan
-    return optimizers
+        results = json.loads((directory / "all_results.json").read_text())
+        lines = read_json_lines(directory / "metrics.jsonl")
+        summary["runs"][str(seed)] = {**results, "lines": lines}
+    is_percent = isinstance(runs[0].args, QaArguments)
+    for summary in summaries.values():
+        summary["metrics"] = metrics_of(summary["runs"], 100 if is_percent else 1)
+    return summaries
 
 
-def arguments_of(run: Run) -> dict[str, Any]:
-    """Returns the arguments that a run has in common with those of other seeds."""
-    arguments = dataclasses.asdict(run.args)
-    return {k: v for k, v in arguments.items() if k not in ("seed", "output_dir")}
+def metrics_of(runs: Mapping[str, Any], whole: float) -> dict[str, Any]:
+    """Returns by metric the values of all seeds, their mean and their deviation."""
+    metrics = {}
+    for key in next(iter(runs.values())):
+        name = key.removeprefix("eval_")
+        if name == key or name.startswith(NOT_METRICS):
+            continue
+        values = {seed: run[key] / whole for seed, run in runs.items()}
+        array, std = np.array([*values.values()]), None
+        if len(array) > 1:
+            with np.errstate(invalid="ignore"):  # A seed may have diverged.
+                std = float(array.std(ddof=1))
+        metrics[name] = {"values": values, "mean": float(array.mean()), "std": std}
+    return metrics
 
 
-def metric_names(optimizers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def metric_names(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns the metrics of all optimizers, in the order of the results."""
-    return list(dict.fromkeys(n for s in optimizers.values() for n in s["metrics"]))
+    return list(dict.fromkeys(n for s in summaries.values() for n in s["metrics"]))
 
 
-def published_sources(optimizers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Returns by published optimizer where its numbers are from, and its setting."""
-    sources = {}
-    for optim, summary in optimizers.items():
+def published_notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns where the published numbers of each optimizer are from."""
+    notes = {}
+    for optim, summary in summaries.items():
         for result in summary["published"].values():
-            details = [result["source"]]
+            name, details = PUBLISHED_OPTIMIZERS[optim], [result["source"]]
             if result["num_grads"]:
                 details.append(f"num_grads {result['num_grads']}")
             if result["epochs"]:
                 details.append(f"{result['epochs']} epochs")
-            sources[PUBLISHED_OPTIMIZERS[optim]] = ", ".join(details)
-    return sources
+            notes[name] = f"Published {name}: {', '.join(details)}."
+    return list(notes.values())
 
 
-def make_table(optimizers: Mapping[str, Mapping[str, Any]]) -> str:
-    """Makes a Markdown table: optimizers, each above what is published, by metrics."""
-    metrics = metric_names(optimizers)
-    rows = [["", *metrics]]
-    for optim, summary in optimizers.items():
+def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a Markdown table: optimizers, each above what is published, by metric."""
+    names = metric_names(summaries)
+    rows = [["", *names]]
+    for optim, summary in summaries.items():
         results = {optim: summary["metrics"]}
         if summary["published"]:
             results[f"{PUBLISHED_OPTIMIZERS[optim]}, published"] = summary["published"]
-        for label, by_metric in results.items():
-            cells = [
-                format_result(name, by_metric[name]) if name in by_metric else ""
-                for name in metrics
-            ]
+        for label, found in results.items():
+            cells = [format_result(n, found[n]) if n in found else "" for n in names]
             rows.append([label, *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        [row[0].ljust(widths[0])]
-        + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        for row in rows
-    ]
-    lines.insert(
-        1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    aligned = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
 
 
 def format_result(metric: str, result: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from bert_finetune.arguments import Arguments
 from bert_finetune.errors import UserError
 from bert_finetune.files import read_json_lines, write_json
 from bert_finetune.reporting.log import METRICS_FILE
-from bert_finetune.reporting.model_card import named_flags, write_model_card
+from bert_finetune.reporting.model_card import write_model_card
 from bert_finetune.reporting.plots import plot_curves
 from bert_finetune.training import loop, optimizers, output_dir
 from bert_finetune.training.task import Task
@@ -87,20 +87,5 @@ def _write_reports(
         {optimizer.name: lines},
         description.metrics,
     )
-    write_model_card(
-        directory / "README.md",
-        model_name=args.model_name_or_path,
-        dataset=description.dataset,
-        task=description.config,
-        optimizer=optimizer.name,
-        metrics=description.metrics,
-        results=results,
-        hyperparams={
-            **named_flags(args),
-            "learning_rate": optimizer.hyperparams["lr"],
-            optimizer.name: optimizer.hyperparams,
-        },
-        command=command,
-        lines=lines,
-        pipeline_tag=description.pipeline_tag,
-    )
+    card = directory / "README.md"
+    write_model_card(card, args, description, optimizer, results, lines, command)

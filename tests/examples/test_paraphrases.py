@@ -103,19 +103,18 @@ def test_the_vocabulary_covers_the_set(tmp_path):
 def test_the_demo_fails_where_the_baseline_wins(
     tmp_path, monkeypatch, capsys, accuracy
 ):
-    def fine_tune(output_dir, optim):
-        (output_dir / optim).mkdir()
-        line = '{"step": 1, "loss": 0.5, "accuracy": 0.5}'
-        (output_dir / optim / "metrics.jsonl").write_text(line)
+    def fine_tune(output_dir, name):
+        (output_dir / name).mkdir()
+        lines = '{"step": 1, "loss": 0.5}\n{"step": 250, "eval_accuracy": 0.5}\n'
+        (output_dir / name / "metrics.jsonl").write_text(lines)
         return {"eval_accuracy": accuracy, "eval_f1": accuracy, "eval_loss": 0.1}
 
     monkeypatch.setattr(run_demo, "fine_tune", fine_tune)
-    argv = ["--output_dir", str(tmp_path)]
     if accuracy:
-        run_demo.main(argv)
+        run_demo.main(tmp_path)
     else:
-        with pytest.raises(run_demo.UserError, match="MFAC does not beat"):
-            run_demo.main(argv)
+        with pytest.raises(run_demo.UserError, match="M-FAC does not beat"):
+            run_demo.main(tmp_path)
     output = capsys.readouterr().out
     assert "bag of words" in output
     assert (tmp_path / "curves.png").exists()

@@ -47,7 +47,7 @@ def test_smoothing_averages_every_value_once(length):
     steps, means = smooth(range(5, 5 * length + 5, 5), values)
     assert len(steps) == len(means) == min(length, 200)
     assert steps[-1] == 5 * length
-    sizes = np.diff(steps // 5, prepend=0)
+    sizes = np.diff(np.array(steps) // 5, prepend=0)
     assert np.sum(means * sizes) == pytest.approx(values.sum())
 
 

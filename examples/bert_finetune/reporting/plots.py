@@ -1,58 +1,46 @@
 """Curves of a run, and of several."""
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 # Points of a curve; longer runs are averaged in as many pieces.
 _MAX_POINTS = 200
 
+_Run = Sequence[Mapping[str, float]]  # The lines of its `metrics.jsonl`.
 
-def smooth(
-    steps: Sequence[float], values: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray]:
+
+def smooth(steps: Sequence[float], values: Any) -> tuple[list[float], list[float]]:
     """Averages values in pieces; returns the last step and the mean of each."""
-    num_pieces = max(1, min(len(steps), _MAX_POINTS))
-    pieces = np.array_split(np.asarray(values, float), num_pieces)
-    last = np.cumsum([len(piece) for piece in pieces]) - 1
-    return np.asarray(steps)[last], np.array([piece.mean() for piece in pieces])
+    num_pieces = min(len(steps), _MAX_POINTS)
+    last_steps = [piece[-1] for piece in np.array_split(steps, num_pieces)]
+    return last_steps, [piece.mean() for piece in np.array_split(values, num_pieces)]
 
 
 def plot_curves(
-    path: Path,
-    title: str,
-    runs: Mapping[str, Sequence[Mapping[str, float]]],
-    metrics: Sequence[str],
+    path: Path, title: str, runs: Mapping[str, _Run], metrics: Sequence[str]
 ) -> None:
     """Draws loss and metrics against the step, in training and in evaluation.
 
     Args:
       path: of the PNG.
       title: of the figure.
-      runs: per run the lines of its `metrics.jsonl`.
-      metrics: the names, without ``eval_``, that get a panel beside the loss.
+      runs: by name.
+      metrics: the names, without ``eval_``, that get a panel next to the loss.
     """
-    with _panels(path, title, ["loss", *metrics]) as panels:
-        for name, axes in panels.items():
-            for color, (run, lines) in enumerate(runs.items()):
-                style = {"color": f"C{color}"}
-                if points := _points(lines, name):
-                    curve = smooth([*points], [*points.values()])
-                    axes.plot(*curve, label=f"{run}, training", **style)
-                if points := _points(lines, f"eval_{name}"):
-                    steps, values = [*points], [*points.values()]
-                    label = f"{run}, validation: {values[-1]:.3f}"
-                    axes.plot(steps, values, "o-", lw=0.8, ms=4, label=label, **style)
+    for axes, name, run, lines, color in _panels(path, title, ["loss", *metrics], runs):
+        steps, values = _shared_points([lines], name)
+        if steps:
+            curve = smooth(steps, values[0])
+            axes.plot(*curve, label=f"{run}, training", color=color)
+        _plot_evaluations(axes, f"{run}, validation", [lines], name, color)
 
 
 def plot_bands(
-    path: Path,
-    title: str,
-    groups: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
-    metrics: Sequence[str],
+    path: Path, title: str, groups: Mapping[str, Sequence[_Run]], metrics: Sequence[str]
 ) -> None:
     """Draws the mean over seeds ± one standard deviation of what evaluations found.
 
@@ -61,60 +49,54 @@ def plot_bands(
     Args:
       path: of the PNG.
       title: of the figure.
-      groups: per optimizer, and per seed, the lines of a `metrics.jsonl`. Seeds without
-        evaluations are left out; those of the others count at the steps they share.
+      groups: by optimizer the runs, one per seed. Those without evaluations are left
+        out; the others count at the steps they share.
       metrics: the names, without ``eval_``, that get a panel.
     """
-    with _panels(path, title, metrics) as panels:
-        for name, axes in panels.items():
-            for color, (group, runs) in enumerate(groups.items()):
-                style = {"color": f"C{color}"}
-                steps, values = _shared_points(runs, name)
-                if steps:
-                    axes.plot(steps, values.mean(axis=0), "--", lw=0.8, **style)
-                steps, values = _shared_points(runs, f"eval_{name}")
-                if not steps:
-                    continue
-                means = values.mean(axis=0)
-                label = f"{group}: {means[-1]:.3f}"
-                if len(values) > 1:
-                    with np.errstate(invalid="ignore"):  # A seed may have diverged.
-                        deviations = values.std(axis=0, ddof=1)
-                    label += f" ± {deviations[-1]:.3f}, {len(values)} seeds"
-                    band = (means - deviations, means + deviations)
-                    axes.fill_between(steps, *band, alpha=0.2, lw=0, **style)
-                axes.plot(steps, means, "o-", ms=4, label=label, **style)
+    for axes, name, group, runs, color in _panels(path, title, metrics, groups):
+        steps, values = _shared_points(runs, name)
+        if steps:
+            axes.plot(steps, values.mean(axis=0), "--", lw=0.8, color=color)
+        _plot_evaluations(axes, group, runs, name, color)
 
 
-def _shared_points(
-    runs: Sequence[Sequence[Mapping[str, float]]], name: str
-) -> tuple[list[float], np.ndarray]:
-    """Returns the steps that the runs with this name share, and its values by run."""
-    points = [p for p in (_points(run, name) for run in runs) if p]
-    steps = sorted(set.intersection(*map(set, points))) if points else []
-    return steps, np.array([[p[step] for step in steps] for p in points], float)
-
-
-def _points(lines: Sequence[Mapping[str, float]], name: str) -> dict[float, float]:
-    return {line["step"]: line[name] for line in lines if name in line}
-
-
-@contextlib.contextmanager
-def _panels(path: Path, title: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields axes by name to draw into; writes the PNG afterwards."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def _panels(
+    path: Path, title: str, names: Sequence[str], groups: Mapping[str, Any]
+) -> Iterator[tuple[Any, str, str, Any, str]]:
+    """Yields axes, name, group, its runs and its color; writes the PNG afterwards."""
     figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
-    panels = dict(
-        zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)
-    )
-    yield panels
-    for name, axes in panels.items():
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for name, axes in zip(names, panels, strict=True):
         axes.set(xlabel="step", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
+        for number, (group, runs) in enumerate(groups.items()):
+            yield axes, name, group, runs, f"C{number}"
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def _plot_evaluations(
+    axes: Any, label: str, runs: Sequence[_Run], name: str, color: str
+) -> None:
+    steps, values = _shared_points(runs, f"eval_{name}")
+    if not steps:
+        return
+    means = values.mean(axis=0)
+    label += f": {means[-1]:.3f}"
+    if len(values) > 1:
+        with np.errstate(invalid="ignore"):  # A seed may have diverged.
+            deviations = values.std(axis=0, ddof=1)
+        label += f" ± {deviations[-1]:.3f}, {len(values)} seeds"
+        band = (means - deviations, means + deviations)
+        axes.fill_between(steps, *band, alpha=0.2, lw=0, color=color)
+    axes.plot(steps, means, "o-", ms=4, label=label, color=color)
+
+
+def _shared_points(runs: Sequence[_Run], name: str) -> tuple[list[float], np.ndarray]:
+    """Returns the steps that the runs with this name share, and its values by run."""
+    found = [{line["step"]: line[name] for line in run if name in line} for run in runs]
+    points = [by_step for by_step in found if by_step]
+    steps = sorted(set.intersection(*map(set, points))) if points else []
+    return steps, np.array([[p[step] for step in steps] for p in points], float)
