@@ -194,7 +194,7 @@ def test_a_question_too_long_is_cut_off(tokenizer):
 
 
 @pytest.mark.parametrize(("max_length", "stride"), [(20, 16), (20, 40), (5, 1)])
-def test_a_stride_without_room_is_refused(tokenizer, max_length, stride):
+def test_a_stride_without_room_is_rejected(tokenizer, max_length, stride):
     columns = {"question": ["yes"], "context": ["red"]}
     with pytest.raises(UserError, match=rf"--doc_stride {stride} is too large .*fit"):
         cut(columns, tokenizer, max_length, stride)

@@ -140,7 +140,7 @@ def test_bad_data_is_one_clear_error(tmp_path, columns, message):
 
 
 @pytest.mark.parametrize("labels", [[0.0, 5.5], [-0.1, 1.0], [1.0, None], ["a", "b"]])
-def test_scores_out_of_range_are_refused(tmp_path, labels):
+def test_scores_out_of_range_are_rejected(tmp_path, labels):
     columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": labels}
     with pytest.raises(UserError, match="must be numbers from 0 to 5, got"):
         load(tmp_path, "stsb", columns)
@@ -151,7 +151,7 @@ def test_scores_out_of_range_are_refused(tmp_path, labels):
     [
         ("train.txt", "a,label\n", "must end in one of .csv, .tsv, .json"),
         ("train.json", "not json", "train.json cannot be read"),
-        ("train.csv", "label\n1\n0\n", "no column of texts beside 'label'"),
+        ("train.csv", "label\n1\n0\n", "no column of texts besides 'label'"),
         ("train.csv", "text,label\n", "train.csv is empty"),
         ("train.csv", "", "train.csv cannot be read: No columns"),
         ("train.json", "[]", "train.json is empty"),

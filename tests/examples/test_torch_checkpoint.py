@@ -53,6 +53,18 @@ def rewrite(path, change):
             archive.writestr(name, content)
 
 
+def test_reads_a_tensor_without_dimensions(path):
+    toy_bert.write_torch_checkpoint(path, {"scalar": np.array([2.5])})
+
+    def drop_the_dimension(entries):
+        one, none = b"K\x01\x85", b")"  # The tuples (1,) and () of shape and strides.
+        entries["archive/data.pkl"] = entries["archive/data.pkl"].replace(one, none)
+
+    rewrite(path, drop_the_dimension)
+    scalar = read_torch_checkpoint(path)["scalar"]
+    assert (scalar.shape, scalar) == ((), 2.5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -65,7 +77,7 @@ def rewrite(path, change):
         (lambda e: e.update({"archive/data.pkl": pickle.dumps({"epoch": 3})}), "epoch"),
     ],
 )
-def test_a_damaged_archive_is_refused(path, change, message):
+def test_a_damaged_archive_is_rejected(path, change, message):
     toy_bert.write_torch_checkpoint(path, {"weight": np.ones((2, 3))})
     rewrite(path, change)
     with pytest.raises(UserError, match=message) as caught:
@@ -81,13 +93,13 @@ def test_a_damaged_archive_is_refused(path, change, message):
         (b"", "damaged or not a torch checkpoint"),
     ],
 )
-def test_another_format_is_refused(path, content, message):
+def test_another_format_is_rejected(path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_torch_checkpoint(path)
 
 
-def test_a_truncated_download_is_refused(path):
+def test_a_truncated_download_is_rejected(path):
     toy_bert.write_torch_checkpoint(path, toy_bert.tensors())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged"):

@@ -11,7 +11,7 @@ import numpy as np
 from bert_finetune.data.features import Features
 
 # A batch is padded to one of these; each that occurs costs one compilation.
-_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+_LENGTHS = (32, 48, 64, 80, 96, 112, 128, 192, 256, 384, 512)
 _PREFETCHED_BATCHES = 4
 
 

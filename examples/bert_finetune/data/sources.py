@@ -33,27 +33,8 @@ def load(name: str, config: str | None, split: str) -> datasets.Dataset:
       UserError: if it is not there.
     """
     directory = Path(name)
-    if directory.is_dir():
-        return _load_from_directory(directory, config, split)
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
-        hint = ""
-        if config is None and "Config name is missing" in str(error):
-            hint = " Give --dataset_config_name."
-        folder = f"{config}/" if config else ""
-        raise UserError(
-            f"data set {name!r} is not a local directory, and the Hugging Face Hub "
-            f"could not provide it ({' '.join(str(error).split())}).{hint} Give "
-            f"--dataset_name a directory that holds {folder}{split}-*.parquet, or "
-            "files of your own."
-        ) from error
-
-
-def _load_from_directory(
-    directory: Path, config: str | None, split: str
-) -> datasets.Dataset:
+    if not directory.is_dir():
+        return _load_from_hub(name, config, split)
     pattern = f"{split}-*.parquet"
     folders = [config] if config else [".", "*"]
     files = [file for f in folders for file in sorted(directory.glob(f"{f}/{pattern}"))]
@@ -65,6 +46,22 @@ def _load_from_directory(
             "--dataset_name."
         )
     return load_files([str(file) for file in files])
+
+
+def _load_from_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        needs_config = "Config name is missing" in reason
+        hint = " Give --dataset_config_name." if needs_config else ""
+        folder = f"{config}/" if config else ""
+        raise UserError(
+            f"data set {name!r} is not a local directory, and the Hugging Face Hub "
+            f"could not provide it ({reason}).{hint} Give --dataset_name a directory "
+            f"that holds {folder}{split}-*.parquet, or files of your own."
+        ) from error
 
 
 def load_files(files: Sequence[str]) -> datasets.Dataset:
@@ -88,50 +85,47 @@ def load_files(files: Sequence[str]) -> datasets.Dataset:
         if extension == ".parquet" and not any(
             pyarrow.parquet.read_metadata(file).num_rows for file in files
         ):
-            raise UserError(f"{where} is empty.")
+            raise StopIteration  # As `datasets` does for an empty .jsonl.
         # One unnamed split, which datasets calls "train".
         return datasets.load_dataset(
             file_format, data_files=list(files), split="train", **options
         )
-    except UserError:
-        raise
     except Exception as error:
-        # What `datasets` raises where there is not one example.
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            raise UserError(f"{where} is empty.") from None
+            raise UserError(f"{where} is empty.") from error
         cause = str(error.__cause__ or error).strip()
-        raise UserError(f"{where} cannot be read: {cause}") from None
+        raise UserError(f"{where} cannot be read: {cause}") from error
 
 
-def check_columns(
-    dataset: datasets.Dataset, columns: Sequence[str], where: str
-) -> None:
-    """Checks that these columns are there.
+def select(
+    dataset: datasets.Dataset,
+    texts: Sequence[str],
+    others: Sequence[str],
+    max_samples: int | None,
+    where: str,
+) -> datasets.Dataset:
+    """Selects columns, and the first rows only if ``max_samples`` is given.
 
     Raises:
-      UserError: naming the first that is not, and those that are.
+      UserError: if a column is not there, or one of ``texts`` lacks a text in a row.
     """
+    columns = [*texts, *others]
     for column in columns:
         if column not in dataset.column_names:
             raise UserError(
                 f"{where} has no column {column!r}; it has "
                 f"{', '.join(dataset.column_names)}."
             )
-
-
-def check_texts(dataset: datasets.Dataset, columns: Sequence[str], where: str) -> None:
-    """Checks that these columns hold a text in every row.
-
-    Raises:
-      UserError: naming the first that does not.
-    """
-    for column in columns:
-        texts = dataset.data.column(column)
-        if not holds_text(dataset, column) or texts.null_count:
+    rows = range(len(dataset))[:max_samples]
+    dataset = dataset.select_columns(columns).select(rows)
+    for column in texts:
+        entries = dataset.data.column(column)
+        if not holds_text(dataset, column) or entries.null_count:
             raise UserError(
                 f"column {column!r} of {where} must hold a text in every row; it has "
-                f"type {texts.type} and {texts.null_count} empty entries."
+                f"type {entries.type} and {entries.null_count} empty entries."
             )
+    return dataset
 
 
 def holds_text(dataset: datasets.Dataset, column: str) -> bool:

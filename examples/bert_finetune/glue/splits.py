@@ -1,6 +1,6 @@
 """The splits of a classification or regression task, checked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import datasets
@@ -14,6 +14,7 @@ from bert_finetune.errors import UserError
 from bert_finetune.glue.tasks import TASKS, GlueTask, task_of_files
 
 LABEL = "label"
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Split(NamedTuple):
@@ -45,15 +46,14 @@ def find_task(args: GlueArguments, config: BertConfig) -> GlueTask:
                 f"{args.task_name!r}."
             )
         return TASKS[args.task_name]
-    path = args.train_file if args.do_train else None
-    path = path or args.validation_file or args.test_file
+    path = args.train_file if args.do_train else args.validation_file or args.test_file
     assert path is not None, "the flags have been checked"
     dataset = sources.load_files([path])
     text_columns = _find_text_columns(dataset, path)
     if not args.do_train:
         assert config.id2label is not None
         return task_of_files(text_columns, list(config.id2label.values()))
-    sources.check_columns(dataset, [LABEL], path)
+    dataset = sources.select(dataset, text_columns, [LABEL], None, path)
     labels = dataset.data.column(LABEL)
     values = [] if pyarrow.types.is_nested(labels.type) else labels.unique().to_pylist()
     if any(isinstance(value, float) for value in values):
@@ -68,12 +68,12 @@ def find_task(args: GlueArguments, config: BertConfig) -> GlueTask:
 
 
 def _find_text_columns(dataset: datasets.Dataset, path: str) -> list[str]:
-    names = [name for name in dataset.column_names if sources.holds_text(dataset, name)]
-    names = [name for name in names if name != LABEL]
+    columns = dataset.column_names
+    names = [n for n in columns if n != LABEL and sources.holds_text(dataset, n)]
     if not names:
         raise UserError(
-            f"{path} has no column of texts beside {LABEL!r}; it has "
-            f"{', '.join(dataset.column_names)}."
+            f"{path} has no column of texts besides {LABEL!r}; it has "
+            f"{', '.join(columns)}."
         )
     usual = ["sentence1", "sentence2"]
     return usual if set(usual) <= set(names) else names[:2]
@@ -100,53 +100,40 @@ def load_split(
     else:
         where = f"the {split} split of {args.task_name} in {args.dataset_name}"
         dataset = sources.load(args.dataset_name, args.task_name, split)
-    columns = [*task.text_columns, *([] if kind == "test" else [LABEL])]
-    sources.check_columns(dataset, columns, where)
-    if max_samples is not None:
-        dataset = dataset.select(range(min(max_samples, len(dataset))))
-    sources.check_texts(dataset, task.text_columns, where)
+    others = [] if kind == "test" else [LABEL]
+    dataset = sources.select(dataset, task.text_columns, others, max_samples, where)
     if kind == "test":
         return Split(dataset, np.zeros(len(dataset), np.int32))
-    values = dataset[LABEL][:]
-    find_labels = _label_numbers if task.is_regression else _label_indices
-    return Split(dataset, find_labels(values, task, where))
+    return Split(dataset, _labels(dataset[LABEL][:], task, where))
 
 
-def _label_numbers(values: Sequence[Any], task: GlueTask, where: str) -> np.ndarray:
-    low, high = task.label_range or (-np.inf, np.inf)
-    numbers = [value for value in values if isinstance(value, int | float)]
-    if len(numbers) < len(values) or not all(
-        low <= number <= high and np.isfinite(number) for number in numbers
-    ):
-        raise UserError(
-            f"the labels of {where} must be numbers"
-            + (f" from {low:g} to {high:g}" if task.label_range else "")
-            + f", got {_shown(values)}."
-        )
-    return np.asarray(numbers, np.float32)
-
-
-def _label_indices(values: Sequence[Any], task: GlueTask, where: str) -> np.ndarray:
+def _labels(values: list[Any], task: GlueTask, where: str) -> np.ndarray:
     names = task.label_names
-    index = {name: i for i, name in enumerate(names)}
-    if task in TASKS.values():
-        expected = f"integers from 0 to {len(names) - 1} or {', '.join(names)}"
-        index |= {i: i for i in range(len(names))}
+    index: dict[Any, int] = {name: i for i, name in enumerate(names)}
+    if task.is_regression:
+        low, high = task.label_range or (-_LARGEST, _LARGEST)
+        limits = f" from {low:g} to {high:g}" if task.label_range else ""
+        expected = f"numbers{limits}"
+        bad = [
+            v for v in values if not (isinstance(v, int | float) and low <= v <= high)
+        ]
     else:
-        expected = f"among {', '.join(names)}"
-        values = [str(value) for value in values]
-    unknown = [
-        value
-        for value in values
-        if isinstance(value, list | dict) or value not in index
-    ]
-    if unknown:
-        hint = " (-1 stands for a label that is not public)" if -1 in unknown else ""
+        if task in TASKS.values():
+            expected = f"integers from 0 to {len(names) - 1} or {', '.join(names)}"
+            index |= {i: i for i in range(len(names))}
+        else:
+            expected = f"among {', '.join(names)}"
+            values = [str(value) for value in values]
+        bad = [v for v in values if isinstance(v, list | dict) or v not in index]
+    if bad:
+        hint = " (-1 stands for a label that is not public)" if -1 in bad else ""
         raise UserError(
-            f"the labels of {where} must be {expected}, got {_shown(unknown)}{hint}."
+            f"the labels of {where} must be {expected}, got {_shown(bad)}{hint}."
         )
+    if task.is_regression:
+        return np.asarray(values, np.float32)
     return np.asarray([index[value] for value in values], np.int32)
 
 
-def _shown(values: Sequence[Any]) -> str:
+def _shown(values: Iterable[Any]) -> str:
     return f"[{', '.join(sorted({repr(value) for value in values})[:5])}]"

@@ -2,11 +2,10 @@
 
 They are read as they are on the hub, and written so that `transformers` loads them.
 Parameter names are Hugging Face's module names (`bert.py`). What differs is the
-last part, and linear layers are stored transposed; one table serves both directions.
+last part, and linear layers are stored transposed.
 """
 
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -24,27 +23,24 @@ from bert_finetune.errors import UserError
 from bert_finetune.model import bert
 from bert_finetune.model.torch_checkpoint import read_torch_checkpoint
 
-# Last part of a name here -> last part there; kernels are transposed.
-_LAST_PART = {
-    "kernel": "weight",
-    "embedding": "weight",
-    "scale": "weight",
-    "bias": "bias",
+# Names of TensorFlow, and of an encoder alone -> those of a model with a head.
+_RENAMED = {
+    r"LayerNorm\.gamma$": "LayerNorm.weight",
+    r"LayerNorm\.beta$": "LayerNorm.bias",
+    r"^(embeddings|encoder|pooler)\.": r"bert.\1.",
 }
-# TensorFlow's names, which checkpoints converted long ago still carry.
-_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-# What a fine-tuning model adds to the encoder, and may have to initialise.
+# What a fine-tuning model adds to the encoder, and may have to initialize.
 _NEW_PARTS = {
     "bert.pooler.": "pooler",
     "classifier.": "classification head",
     "qa_outputs.": "question-answering head",
 }
+# What else a checkpoint may hold.
 _IGNORED = {
-    re.compile(r"(cls|classifier|qa_outputs)\..*"): "a head of another task",
-    re.compile(r"bert\.pooler\..*"): "a pooler, which this model does not have",
-    re.compile(r".*\.position_ids"): "position_ids, which follow from the length",
+    r"(cls|classifier|qa_outputs)\.": "a head of another task",
+    r"bert\.pooler\.": "a pooler, which this model does not have",
+    r".*\.position_ids$": "position_ids, which follow from the length",
 }
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class Pretrained(NamedTuple):
@@ -55,7 +51,7 @@ class Pretrained(NamedTuple):
       config: with the labels of the task.
       tokenizer: the fast tokenizer.
       model_class: of the model.
-      notes: one sentence for each thing that was ignored or initialised.
+      notes: one sentence for each thing that was ignored or initialized.
     """
 
     params: bert.Params
@@ -77,11 +73,10 @@ def load_pretrained(
     Args:
       directory: holds `config.json`, a tokenizer, and `model.safetensors` or
         `pytorch_model.bin`.
-      model_class: the model to fill; what the checkpoint lacks of its pooler and head
-        is initialised from ``seed``.
+      model_class: the model to fill.
       label_names: the labels of the task, in the order of the logits; ``None`` keeps
         those of the config.
-      seed: for what has to be initialised.
+      seed: initializes what the checkpoint lacks of the pooler and the head.
 
     Raises:
       UserError: naming the file, and the tensors that are missing, unknown or of
@@ -143,16 +138,16 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """Reads the weights under the names of the file."""
-    safetensors_path, torch_path = (directory / name for name in _WEIGHT_FILES)
-    if safetensors_path.exists():
+    path, torch_path = directory / "model.safetensors", directory / "pytorch_model.bin"
+    if path.exists():
         try:
-            return safetensors.numpy.load_file(safetensors_path)
+            return safetensors.numpy.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{safetensors_path} cannot be read: {error}") from error
+            raise UserError(f"{path} cannot be read: {error}") from error
     if torch_path.exists():
         return read_torch_checkpoint(torch_path)
     raise UserError(
-        f"{directory} has no weights: neither {' nor '.join(_WEIGHT_FILES)}."
+        f"{directory} has no weights: neither {path.name} nor {torch_path.name}."
     )
 
 
@@ -163,64 +158,56 @@ def params_from_tensors(
 
     Args:
       tensors: by Hugging Face's names, with or without the prefix ``bert.``.
-      new_params: initialised parameters; they give names and shapes, and stay where the
+      new_params: initialized parameters; they give names and shapes, and stay where the
         checkpoint has no pooler or no head.
       source: where the tensors come from, for messages.
 
     Returns:
-      The parameters, and a sentence for each thing ignored or initialised.
+      The parameters, and a sentence for each thing ignored or initialized.
 
     Raises:
       UserError: naming the tensors that are missing, unknown or of another shape.
     """
-    tensors = _canonical_names(tensors)
-    flat_params: dict[str, Any] = traverse_util.flatten_dict(new_params, sep="/")  # pyright: ignore[reportAssignmentType]
-    problems, ignored, initialised = [], set(), set()
+    tensors = {_canonical_name(name): tensor for name, tensor in tensors.items()}
+    flat_params: Any = traverse_util.flatten_dict(new_params, sep=".")
+    problems, ignored, new = [], set(), set()
     for path, param in flat_params.items():
-        name = _tensor_name(path)
+        name, is_kernel = _tensor_name(path), path.endswith(".kernel")
+        shape = param.shape[::-1] if is_kernel else param.shape
         tensor = tensors.pop(name, None)
         if tensor is None:
             part = next((p for s, p in _NEW_PARTS.items() if name.startswith(s)), None)
             if part is None:
                 problems.append(f"{name} is missing")
             else:
-                initialised.add(part)
-            continue
-        if path.endswith("/kernel"):
-            tensor = tensor.T
-        if tensor.shape != param.shape:
-            expected = param.shape[::-1] if path.endswith("/kernel") else param.shape
-            shape = tensor.shape[::-1] if path.endswith("/kernel") else tensor.shape
-            problems.append(f"{name} has shape {shape}, expected {expected}")
-            continue
-        flat_params[path] = jnp.asarray(tensor, param.dtype)
+                new.add(f"The checkpoint has no {part}: initialized from the seed.")
+        elif tensor.shape != shape:
+            problems.append(f"{name} has shape {tensor.shape}, expected {shape}")
+        else:
+            tensor = tensor.T if is_kernel else tensor
+            flat_params[path] = jnp.asarray(tensor, param.dtype)
     for name in tensors:
-        reason = next((r for p, r in _IGNORED.items() if p.fullmatch(name)), None)
-        if reason is None:
+        what = next((w for p, w in _IGNORED.items() if re.match(p, name)), None)
+        if what is None:
             problems.append(f"{name} is unknown")
         else:
-            ignored.add(reason)
+            ignored.add(f"The checkpoint holds {what}: ignored.")
     if problems:
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(
             f"the weights in {source} do not fit config.json: {shown}{more}."
         )
-    notes = [f"The checkpoint holds {what}: ignored." for what in sorted(ignored)]
-    notes += [
-        f"The checkpoint has no {part}: initialised from the seed."
-        for part in sorted(initialised)
-    ]
-    return traverse_util.unflatten_dict(flat_params, sep="/"), notes
+    params = traverse_util.unflatten_dict(flat_params, sep=".")
+    return params, [*sorted(ignored), *sorted(new)]
 
 
 def tensors_from_params(params: bert.Params) -> dict[str, np.ndarray]:
     """Returns the parameters under Hugging Face's names, in its layout."""
     tensors = {}
-    for path, param in traverse_util.flatten_dict(params, sep="/").items():
-        array = np.asarray(jax.device_get(param))
-        if path.endswith("/kernel"):
-            array = array.T
+    flat_params: Any = traverse_util.flatten_dict(jax.device_get(params), sep=".")
+    for path, array in flat_params.items():
+        array = array.T if path.endswith(".kernel") else array
         tensors[_tensor_name(path)] = np.ascontiguousarray(array)
     return tensors
 
@@ -232,35 +219,28 @@ def save_pretrained(directory: Path, model: Pretrained) -> None:
       UserError: if it cannot be written.
     """
     model.config.architectures = [model.model_class.__name__]
+    tensors = tensors_from_params(model.params)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
             # Not save_file: it makes the file unreadable for other users.
-            tensors = tensors_from_params(model.params)
             weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
             Path(staging, "model.safetensors").write_bytes(weights)
             model.config.save_pretrained(staging)
             model.tokenizer.save_pretrained(staging)
             for file in sorted(Path(staging).iterdir()):
-                os.replace(file, directory / file.name)
+                file.replace(directory / file.name)
     except OSError as error:
         raise UserError(
             f"the model cannot be written to {directory}: {error}"
         ) from error
 
 
-def _canonical_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    has_prefix = any(name.startswith("bert.") for name in tensors)
-    renamed = {}
-    for name, tensor in tensors.items():
-        for old, new in _OLD_NAMES.items():
-            name = name.replace(old, new)
-        if not has_prefix and name.startswith(("embeddings.", "encoder.", "pooler.")):
-            name = f"bert.{name}"
-        renamed[name] = tensor
-    return renamed
+def _canonical_name(name: str) -> str:
+    for pattern, new in _RENAMED.items():
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def _tensor_name(path: str) -> str:
-    *modules, last = path.split("/")
-    return ".".join([*modules, _LAST_PART[last]])
+    return re.sub(r"\.(kernel|embedding|scale)$", ".weight", path)

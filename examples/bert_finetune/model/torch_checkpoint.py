@@ -7,70 +7,56 @@ from the records afterwards.
 """
 
 import collections
-import dataclasses
+import functools
 import io
-import math
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from bert_finetune.errors import UserError
 
-_STORAGE_DTYPES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
+_DTYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
 }
-_LEGACY_ADVICE = (
-    "Convert it once where torch is installed: `torch.save(torch.load(path), path)` "
-    "writes the current format."
+# What zipfile, pickle and NumPy raise for a damaged file.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError),
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError),
+    *(TypeError, ValueError),
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _StorageType:
-    dtype: np.dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     key: str
-    dtype: np.dtype
-    size: int
+    dtype_name: str
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_unused) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_parameter(tensor, *_unused) -> _Tensor:
-    return tensor
-
-
 _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    **{("torch", name): _StorageType(d) for name, d in _STORAGE_DTYPES.items()},
+    ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _Tensor(*args[:4]),
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    **{("torch", name): name for name in _DTYPES},
 }
 
 
@@ -86,10 +72,8 @@ class _TensorUnpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage_type, key, _, size = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise UserError(f"it refers to an unknown kind of object, {kind!r}.")
-        return _Storage(str(key), storage_type.dtype, int(size))
+        _, dtype_name, key, *_ = pid
+        return _Storage(key, dtype_name)
 
 
 def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
@@ -100,23 +84,20 @@ def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
         or that holds or asks for anything but tensors.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read_archive(archive)
-    except UserError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except zipfile.BadZipFile:
         with open(path, "rb") as file:
-            is_pickle = file.read(1) == b"\x80"
-        if is_pickle:
-            problem = (
-                "it is in the legacy format of torch before 1.6. " + _LEGACY_ADVICE
-            )
-        else:
-            problem = "it is damaged or not a torch checkpoint. Download it again."
-        raise UserError(f"{path} cannot be read: {problem}") from None
-    except Exception as error:
+            if file.read(1) == b"\x80":
+                raise UserError(
+                    "it is in the legacy format of torch before 1.6. Convert it once "
+                    "where torch is installed: `torch.save(torch.load(path), path)` "
+                    "writes the current format."
+                )
+            return _read_archive(zipfile.ZipFile(file))
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except _DAMAGE as error:
         raise UserError(
-            f"{path} cannot be read: it is damaged ({error}). Download it again."
+            f"{path} cannot be read: it is damaged or not a torch checkpoint "
+            f"({error}). Download it again."
         ) from error
 
 
@@ -125,42 +106,34 @@ def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     if len(pickles) != 1:
         raise UserError("it is a zip archive, but not one that torch.save wrote.")
     folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}byteorder" in archive.namelist() and (
-        archive.read(f"{folder}byteorder") != b"little"
-    ):
+    byte_order = f"{folder}byteorder"
+    if byte_order in archive.namelist() and archive.read(byte_order) != b"little":
         raise UserError("it was written on a big-endian machine.")
     state = _TensorUnpickler(io.BytesIO(archive.read(pickles[0]))).load()
     if not isinstance(state, dict):
         raise UserError("it does not hold a state dict.")
-    storages: dict[str, np.ndarray] = {}
+
+    @functools.cache
+    def read_storage(storage: _Storage) -> np.ndarray:
+        data = archive.read(f"{folder}data/{storage.key}")
+        return np.frombuffer(data, _DTYPES[storage.dtype_name])
+
     tensors = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
             raise UserError(
                 f"entry {name!r} is not a tensor; a state dict of tensors is needed."
             )
-        storage = tensor.storage
-        if storage.key not in storages:
-            data = archive.read(f"{folder}data/{storage.key}")
-            storages[storage.key] = np.frombuffer(data, storage.dtype)
-        tensors[name] = _as_array(name, tensor, storages[storage.key])
+        tensors[name] = _as_array(name, tensor, read_storage(tensor.storage))
     return tensors
 
 
 def _as_array(name: str, tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
-    numbers = (tensor.offset, *tensor.shape, *tensor.strides)
-    plausible = len(tensor.shape) == len(tensor.strides) and all(
-        isinstance(n, int) and n >= 0 for n in numbers
-    )
-    if plausible and math.prod(tensor.shape):
-        last = sum(
-            (n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)
-        )
-        plausible = tensor.offset + last < storage.size
-    if not plausible or storage.dtype != tensor.storage.dtype:
+    _, offset, shape, strides = tensor
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    # NumPy would believe any numbers.
+    if min([offset, *shape, *strides]) < 0 or (0 not in shape and last >= storage.size):
         raise UserError(f"tensor {name} reaches outside its storage.")
     return np.lib.stride_tricks.as_strided(
-        storage[tensor.offset :],
-        tensor.shape,
-        [s * storage.itemsize for s in tensor.strides],
+        storage[offset:], shape, [s * storage.itemsize for s in strides]
     ).copy()

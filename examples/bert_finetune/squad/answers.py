@@ -75,21 +75,15 @@ def find_answers(
         spans, nulls = [], []
         for i in range(bounds[question], bounds[question + 1]):
             tokens = slice(starts[i], starts[i + 1])
-            start, end = start_logits[tokens].tolist(), end_logits[tokens].tolist()
+            start, end = start_logits[tokens], end_logits[tokens]
             firsts, ends = chunks.first_chars[tokens], chunks.end_chars[tokens]
-            nulls.append(Span("", start[0], end[0]))
+            nulls.append(Span("", float(start[0]), float(end[0])))
+            best = _best_spans(start, end, firsts >= 0, n_best_size, max_answer_length)
             spans += [
-                Span(context[firsts[a] : ends[b]], start[a], end[b])
-                for a, b in _best_spans(
-                    start_logits[tokens],
-                    end_logits[tokens],
-                    firsts >= 0,
-                    n_best_size,
-                    max_answer_length,
-                )
+                Span(context[firsts[a] : ends[b]], float(start[a]), float(end[b]))
+                for a, b in best
             ]
-        null = None if null_threshold is None else min(nulls, key=Span.score)
-        answers.append(_choose(spans, null, n_best_size, null_threshold))
+        answers.append(_choose(spans, nulls, n_best_size, null_threshold))
     return answers
 
 
@@ -112,22 +106,20 @@ def _best_spans(
 
 
 def _choose(
-    spans: list[Span], null: Span | None, n_best_size: int, null_threshold: float | None
+    spans: list[Span], nulls: list[Span], n_best_size: int, null_threshold: float | None
 ) -> Answer:
-    candidates = spans if null is None else [*spans, null]
-    n_best = sorted(candidates, key=Span.score, reverse=True)[:n_best_size]
-    if null is not None and null not in n_best:
-        n_best.append(null)
-    listed = []
-    if n_best:
-        probabilities = softmax([span.score() for span in n_best]).tolist()
-        listed = [
-            {**span._asdict(), "probability": probability}
-            for span, probability in zip(n_best, probabilities, strict=True)
-        ]
+    null = [] if null_threshold is None else [min(nulls, key=Span.score)]
+    n_best = sorted([*spans, *null], key=Span.score, reverse=True)[:n_best_size]
+    n_best += [span for span in null if span not in n_best]
+    scores = [span.score() for span in n_best]
+    probabilities = softmax(scores).tolist() if scores else []
+    listed = [
+        {**span._asdict(), "probability": probability}
+        for span, probability in zip(n_best, probabilities, strict=True)
+    ]
     best = max(spans, key=Span.score, default=_NO_SPAN)
-    if null is None or null_threshold is None:
+    if null_threshold is None:
         return Answer(best.text, best.text, None, listed)
-    odds = null.score() - best.score()
+    odds = null[0].score() - best.score()
     text = "" if odds > null_threshold else best.text
     return Answer(text, best.text, odds, listed)

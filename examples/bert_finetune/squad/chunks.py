@@ -15,11 +15,16 @@ from bert_finetune.data.features import (
 )
 from bert_finetune.errors import UserError
 
-_INTEGERS = datasets.List(datasets.Value("int32"))
+_COLUMNS = {
+    **TOKEN_COLUMNS,
+    "question": datasets.Value("int32"),
+    "first_chars": datasets.List(datasets.Value("int32")),
+    "end_chars": datasets.List(datasets.Value("int32")),
+}
 
 
 class Chunks(NamedTuple):
-    """Tokenised questions, each with a chunk of its context.
+    """Tokenized questions, each with a chunk of its context.
 
     Attributes:
       features: an example is a question with a chunk; a question's stand together.
@@ -43,7 +48,7 @@ def cut(
     *,
     overwrite_cache: bool = False,
 ) -> Chunks:
-    """Tokenises questions with their contexts, long ones in overlapping chunks.
+    """Tokenizes questions with their contexts, long ones in overlapping chunks.
 
     A question so long that no chunk would get further than the one before is cut off.
 
@@ -52,7 +57,7 @@ def cut(
       tokenizer: the model's.
       max_length: tokens of a question with a chunk, special tokens included.
       stride: tokens of the context that a chunk shares with the one before.
-      overwrite_cache: tokenise also what is cached.
+      overwrite_cache: tokenize also what is cached.
 
     Raises:
       UserError: if there is no room for a question and a new token of its context.
@@ -61,7 +66,8 @@ def cut(
     if room < 1:
         raise UserError(
             f"--doc_stride {stride} is too large for --max_seq_length {max_length}: "
-            "beside it must fit a question, special tokens and at least one token more."
+            "each chunk must hold the question, the special tokens and at least one "
+            "new token of the context."
         )
 
     def encode(batch: Mapping[str, list[str]], rows: list[int]) -> dict[str, Any]:
@@ -72,35 +78,17 @@ def cut(
             max_length=max_length,
             stride=stride,
             return_overflowing_tokens=True,
-            return_offsets_mapping=True,
         )
-        offsets = [
-            [pair if part == 1 else (-1, -1) for pair, part in zip(*chunk, strict=True)]
-            for chunk in zip(
-                encoded["offset_mapping"],
-                (encoding.sequence_ids for encoding in encoded.encodings),
-                strict=True,
-            )
-        ]
         return {
             **{name: encoded[name] for name in TOKEN_COLUMNS},
             "question": [rows[i] for i in encoded["overflow_to_sample_mapping"]],
-            "first_chars": [[first for first, _ in pairs] for pairs in offsets],
-            "end_chars": [[end for _, end in pairs] for pairs in offsets],
+            "first_chars": [_context_chars(chunk, 0) for chunk in encoded.encodings],
+            "end_chars": [_context_chars(chunk, 1) for chunk in encoded.encodings],
         }
 
+    key = ("chunks", max_length, stride)
     cut_up = map_cached(
-        dataset,
-        encode,
-        {
-            **TOKEN_COLUMNS,
-            "question": datasets.Value("int32"),
-            "first_chars": _INTEGERS,
-            "end_chars": _INTEGERS,
-        },
-        tokenizer,
-        ("chunks", max_length, stride),
-        overwrite_cache=overwrite_cache,
+        dataset, encode, _COLUMNS, tokenizer, key, overwrite_cache=overwrite_cache
     )
     return Chunks(
         features_of(cut_up, tokenizer, {}),
@@ -111,14 +99,17 @@ def cut(
 
 
 def _cut_off(questions: Sequence[str], tokenizer: Any, room: int) -> list[str]:
-    """Returns the questions without the tokens for which there is no room."""
-    offsets = tokenizer(
-        list(questions), add_special_tokens=False, return_offsets_mapping=True
-    )["offset_mapping"]
+    encodings = tokenizer(list(questions), add_special_tokens=False).encodings
     return [
-        question if len(pairs) <= room else question[: pairs[room][0]]
-        for question, pairs in zip(questions, offsets, strict=True)
+        question if len(encoding) <= room else question[: encoding.offsets[room][0]]
+        for question, encoding in zip(questions, encodings, strict=True)
     ]
+
+
+def _context_chars(chunk: Any, end: int) -> list[int]:
+    """Returns one end of each token in the context, 0 or 1; -1 elsewhere."""
+    pairs = zip(chunk.offsets, chunk.sequence_ids, strict=True)
+    return [offsets[end] if part == 1 else -1 for offsets, part in pairs]
 
 
 def answer_positions(
@@ -139,15 +130,14 @@ def answer_positions(
     positions = np.zeros((2, len(chunks.questions)), np.int32)
     starts = chunks.features.starts
     for i, question in enumerate(chunks.questions):
-        answer = answers[question]
-        if answer is None:
+        tokens, answer = slice(starts[i], starts[i + 1]), answers[question]
+        [context] = np.nonzero(chunks.first_chars[tokens] >= 0)
+        if answer is None or not len(context):
             continue
-        firsts = chunks.first_chars[starts[i] : starts[i + 1]]
-        ends = chunks.end_chars[starts[i] : starts[i + 1]]
-        [context] = np.nonzero(firsts >= 0)
-        firsts, ends = firsts[context], ends[context]
         first_char, end_char = answer
-        if len(context) and firsts[0] <= first_char and end_char <= ends[-1]:
+        firsts = chunks.first_chars[tokens][context]
+        ends = chunks.end_chars[tokens][context]
+        if firsts[0] <= first_char and end_char <= ends[-1]:
             first = np.searchsorted(firsts, first_char, side="right") - 1
             last = np.searchsorted(ends, end_char, side="left")
             # Several tokens can be of one character, which has to be there as a whole.

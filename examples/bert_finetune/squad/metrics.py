@@ -58,12 +58,8 @@ def _best_scores(
     answers: Sequence[Sequence[str]],
     predictions: Sequence[str],
 ) -> np.ndarray:
-    return np.array(
-        [
-            max(score(answer, prediction) for answer in texts)
-            for texts, prediction in zip(answers, predictions, strict=True)
-        ]
-    )
+    pairs = zip(answers, predictions, strict=True)
+    return np.array([max(score(text, p) for text in texts) for texts, p in pairs])
 
 
 def squad_v2_metrics(
@@ -87,25 +83,19 @@ def squad_v2_metrics(
       null_odds: the larger, the rather a question is left unanswered.
     """
     has_answer = np.array([bool(texts) for texts in answers])
+    groups = {"": has_answer | True, "HasAns_": has_answer, "NoAns_": ~has_answer}
     # An answer of articles and punctuation alone is none.
     golds = [[t for t in texts if normalize(t)] or [""] for texts in answers]
-    groups = {"": np.full(len(golds), True), "HasAns_": has_answer}
-    groups["NoAns_"] = ~has_answer
-    scores = {
-        "exact": exact_match,
-        # Without words on one side both have to be without.
-        "f1": lambda a, p: (
-            f1(a, p) if normalize(a) and normalize(p) else exact_match(a, p)
-        ),
-    }
+    # That neither side has words is a match.
+    scores = {"exact": exact_match, "f1": lambda a, p: f1(a, p) or exact_match(a, p)}
     values = {
         name: _best_scores(score, golds, predictions) for name, score in scores.items()
     }
-    metrics = {}
+    metrics: dict[str, float] = {}
     for prefix, chosen in groups.items():
         if chosen.any():
-            for name in scores:
-                metrics[prefix + name] = 100 * float(values[name][chosen].mean())
+            for name, value in values.items():
+                metrics[prefix + name] = 100 * float(value[chosen].mean())
             metrics[f"{prefix}total"] = int(chosen.sum())
     for name, score in scores.items():
         best, metrics[f"best_{name}_thresh"] = _best_threshold(

@@ -1,8 +1,9 @@
 """Questions about texts, in the form of SQuAD: loading and checking them."""
 
+import collections
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,6 @@ from bert_finetune.errors import UserError
 # Names that the hub no longer has, as published commands give them.
 _HUB_IDS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 _TEXTS = ("id", "question", "context")
-_FEATURES = datasets.Features(
-    {
-        **{name: datasets.Value("string") for name in _TEXTS},
-        "answers": {
-            "text": datasets.List(datasets.Value("string")),
-            "answer_start": datasets.List(datasets.Value("int32")),
-        },
-    }
-)
 
 
 def full_name(name: str) -> str:
@@ -70,37 +62,23 @@ def load_split(args: QaArguments, split: str, max_samples: int | None) -> Questi
         where = f"the {split} split of {args.dataset_name}"
         name = full_name(args.dataset_name)
         dataset = sources.load(name, args.dataset_config_name, split)
-    columns = [*_TEXTS, *([] if split == "test" else ["answers"])]
-    sources.check_columns(dataset, columns, where)
-    dataset = dataset.select_columns(columns)
-    if max_samples is not None:
-        dataset = dataset.select(range(min(max_samples, len(dataset))))
-    sources.check_texts(dataset, _TEXTS, where)
+    others = [] if split == "test" else ["answers"]
+    dataset = sources.select(dataset, _TEXTS, others, max_samples, where)
     if split != "test":
         _check_answers(dataset, where, args.version_2_with_negative)
-    if split == "train":
-        return _trainable(dataset, where)
-    _check_ids(dataset["id"][:], where)
-    blank = [id_ for id_, text in _column_pairs(dataset, "context") if not text.strip()]
-    _report(blank, dataset, where, "are left unanswered: their context has no text")
-    return Questions(dataset, [])
-
-
-def _column_pairs(dataset: datasets.Dataset, column: str) -> Iterator[tuple[str, Any]]:
-    return zip(dataset["id"], dataset[column], strict=True)
-
-
-def _check_ids(ids: Sequence[str], where: str) -> None:
-    seen: set[str] = set()
-    for id_ in ids:
-        if id_ in seen:
-            raise UserError(f"{where} has more than one question with the id {id_!r}.")
-        seen.add(id_)
+    [(id_, count)] = collections.Counter(dataset["id"]).most_common(1)
+    if count > 1 and split != "train":
+        raise UserError(f"{where} has more than one question with the id {id_!r}.")
+    contexts = zip(dataset["id"], dataset["context"], strict=True)
+    blank = [id_ for id_, context in contexts if not context.strip()]
+    fate = "out" if split == "train" else "unanswered"
+    _report(blank, dataset, where, f"are left {fate}: their context has no text")
+    return _trainable(dataset, where) if split == "train" else Questions(dataset, [])
 
 
 def _check_answers(dataset: datasets.Dataset, where: str, with_negative: bool) -> None:
     unanswered = []
-    for id_, answers in _column_pairs(dataset, "answers"):
+    for id_, answers in zip(dataset["id"], dataset["answers"], strict=True):
         if not _are_answers(answers):
             raise UserError(
                 f"the answers to question {id_!r} of {where} must be two lists of one "
@@ -117,26 +95,23 @@ def _check_answers(dataset: datasets.Dataset, where: str, with_negative: bool) -
 
 
 def _are_answers(answers: Any) -> bool:
-    if not isinstance(answers, Mapping):
-        return False
-    texts, starts = answers.get("text"), answers.get("answer_start")
-    return (
-        isinstance(texts, list)
-        and isinstance(starts, list)
-        and len(texts) == len(starts)
-        and all(isinstance(text, str) for text in texts)
-        and all(isinstance(start, int) for start in starts)
-    )
+    match answers:
+        case {"text": [*texts], "answer_start": [*starts]}:
+            return (
+                len(texts) == len(starts)
+                and all(isinstance(text, str) for text in texts)
+                and all(isinstance(start, int) for start in starts)
+            )
+    return False
 
 
 def _trainable(dataset: datasets.Dataset, where: str) -> Questions:
     """Returns the questions that can be trained on, each with its first answer."""
-    kept, spans, blank, mismatched = [], [], [], []
+    kept, spans, mismatched = [], [], []
     rows = zip(dataset["id"], dataset["context"], dataset["answers"], strict=True)
     for i, (id_, context, answers) in enumerate(rows):
         span = None
         if not context.strip():
-            blank.append(id_)
             continue
         if answers["text"]:
             text, first = answers["text"][0], answers["answer_start"][0]
@@ -146,18 +121,11 @@ def _trainable(dataset: datasets.Dataset, where: str) -> Questions:
                 continue
         kept.append(i)
         spans.append(span)
-    _report(blank, dataset, where, "are left out: their context has no text")
-    _report(
-        mismatched,
-        dataset,
-        where,
-        "are left out: their answer does not stand in the context at answer_start",
-    )
+    problem = "their answer does not stand in the context at answer_start"
+    _report(mismatched, dataset, where, f"are left out: {problem}")
     if not kept:
         raise UserError(f"nothing is left of {where} to train on.")
-    return Questions(
-        dataset.select(kept) if len(kept) < len(dataset) else dataset, spans
-    )
+    return Questions(dataset.select(kept), spans)
 
 
 def _report(ids: list[str], dataset: Any, where: str, what: str) -> None:
@@ -171,27 +139,18 @@ def _report(ids: list[str], dataset: Any, where: str, what: str) -> None:
 
 
 def _load_file(path: str) -> datasets.Dataset:
-    if Path(path).suffix == ".json":
-        rows = _read_json(path)
-        try:
-            return datasets.Dataset.from_list(rows, features=_FEATURES)
-        except (ValueError, OverflowError) as error:  # Of pyarrow and Unicode, too.
-            raise UserError(f"{path} cannot be read: {error}") from None
-    if Path(path).suffix not in (".jsonl", ".parquet"):
+    if Path(path).suffix in (".jsonl", ".parquet"):
+        return sources.load_files([path])
+    if Path(path).suffix != ".json":
         raise UserError(f"{path} must end in .json, .jsonl or .parquet.")
-    return sources.load_files([path])
-
-
-def _read_json(path: str) -> list[dict[str, Any]]:
-    """Reads a file of SQuAD itself, or one with rows as the hub has them in `data`."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}.") from None
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read: {error}. (A question on each line is .jsonl.)"
-        ) from None
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise UserError(f"{path} is not in the form of SQuAD: it has no list 'data'.")
     rows = []
@@ -202,13 +161,17 @@ def _read_json(path: str) -> list[dict[str, Any]]:
             raise UserError(
                 f"entry {number} of 'data' in {path} is not in the form of SQuAD: "
                 f"{type(error).__name__}: {error}."
-            ) from None
+            ) from error
     if not rows:
         raise UserError(f"{path} is empty.")
-    return rows
+    try:
+        return datasets.Dataset.from_list(rows)
+    except (ValueError, OverflowError) as error:  # Of pyarrow and Unicode, too.
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _questions_of(article: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the questions of an article, or the one of a row as the hub has it."""
     if "paragraphs" not in article:
         yield _row(article, article["context"], article.get("answers"))
         return

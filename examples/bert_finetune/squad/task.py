@@ -21,12 +21,7 @@ from bert_finetune.squad.answers import Answer, find_answers
 from bert_finetune.squad.chunks import Chunks, answer_positions, cut
 from bert_finetune.squad.questions import Questions, full_name, load_split
 from bert_finetune.training import losses
-from bert_finetune.training.task import (
-    Description,
-    check_flags,
-    padded_lengths,
-    speed,
-)
+from bert_finetune.training.task import Description, check_flags, padded_lengths, speed
 
 _MODEL_CLASS = bert.BertForQuestionAnswering
 _METRICS = {False: ["exact_match", "f1"], True: ["exact", "f1"]}
@@ -67,13 +62,12 @@ class QuestionAnswering:
 
     def _check_group_of_best_metric(self, questions: Questions) -> None:
         name = self.args.metric_for_best_model
-        group = name.removeprefix("eval_").split("_")[0]
-        wanted = {"HasAns": True, "NoAns": False}.get(group)
-        if wanted is not None and wanted not in map(bool, questions.answers()):
-            raise UserError(
-                f"--metric_for_best_model {name}: no question of the evaluation data "
-                f"has {'an' if wanted else 'no'} answer."
-            )
+        for group, has_answer in {"HasAns_": True, "NoAns_": False}.items():
+            if group in name and has_answer not in map(bool, questions.answers()):
+                raise UserError(
+                    f"--metric_for_best_model {name}: no question of the evaluation "
+                    f"data has {'an' if has_answer else 'no'} answer."
+                )
 
     def _cut(self, questions: Questions) -> Chunks:
         return cut(
@@ -106,85 +100,71 @@ class QuestionAnswering:
 
         ``samples`` are the chunks, as there; ``total`` are the questions.
         """
+        args, (questions, chunks) = self.args, self._eval
         started = time.perf_counter()
-        questions, chunks = self._eval
         found = self._answers(questions, chunks, params)
         seconds = time.perf_counter() - started
-        _write(questions, found, Path(self.args.output_dir), "")
+        self._write(questions, found, "")
         golds, texts = questions.answers(), [answer.text for answer in found]
-        if self.args.version_2_with_negative:
-            values = metrics.squad_v2_metrics(
-                golds,
-                texts,
-                [answer.best_text for answer in found],
-                [a.null_odds for a in found if a.null_odds is not None],
-            )
+        if args.version_2_with_negative:
+            best_texts = [answer.best_text for answer in found]
+            odds = [a.null_odds for a in found if a.null_odds is not None]
+            values = metrics.squad_v2_metrics(golds, texts, best_texts, odds)
         else:
             values = metrics.squad_metrics(golds, texts)
         num_chunks = chunks.features.num_examples
-        values |= speed(seconds, num_chunks, self.args.per_device_eval_batch_size)
+        values |= speed(seconds, num_chunks, args.per_device_eval_batch_size)
         return {f"eval_{name}": value for name, value in values.items()}
 
     def predict(self, params: bert.Params) -> None:
         """Writes the answers to the test questions."""
         questions, chunks = self._test
-        directory = Path(self.args.output_dir)
-        found = self._answers(questions, chunks, params)
-        _write(questions, found, directory, "predict_")
-        print(f"Predictions are in {directory / 'predict_predictions.json'}.")
+        self._write(questions, self._answers(questions, chunks, params), "predict_")
+        path = Path(self.args.output_dir, "predict_predictions.json")
+        print(f"Predictions are in {path}.")
 
     def _answers(
         self, questions: Questions, chunks: Chunks, params: bert.Params
     ) -> list[Answer]:
         args = self.args
-        start_logits, end_logits = self._logits(chunks.features, params)
-        threshold = args.null_score_diff_threshold
-        return find_answers(
-            questions.dataset["context"][:],
-            chunks,
-            start_logits,
-            end_logits,
-            n_best_size=args.n_best_size,
-            max_answer_length=args.max_answer_length,
-            null_threshold=threshold if args.version_2_with_negative else None,
-        )
-
-    def _logits(self, features: Features, params: bert.Params) -> list[np.ndarray]:
-        """Returns start and end logits of all tokens, in the order of the features."""
-        batch_size = self.args.per_device_eval_batch_size
-        batches = eval_batches(features, batch_size, padded_lengths(self.args))
+        batch_size, lengths = args.per_device_eval_batch_size, padded_lengths(args)
         is_token, outputs = [], []
-        for batch in prefetch(batches):
-            weights = batch["weights"][:, None]
-            is_token.append((batch["attention_mask"] == 1) & (weights == 1))
+        for batch in prefetch(eval_batches(chunks.features, batch_size, lengths)):
+            is_row = batch["weights"][:, None] == 1
+            is_token.append((batch["attention_mask"] == 1) & is_row)
             outputs.append(self._span_step(params, batch))
+        # Of all tokens, in the order of the chunks.
         logits = [
-            np.concatenate(
-                [np.asarray(part)[m] for part, m in zip(parts, is_token, strict=True)]
-            )
-            for parts in zip(*outputs, strict=True)
+            np.concatenate([p[m] for p, m in zip(parts, is_token, strict=True)])
+            for parts in zip(*jax.device_get(outputs), strict=True)
         ]
         if not np.all(np.isfinite(logits)):
             raise UserError(
                 "the logits of the model are not finite: it finds no answers."
             )
-        return logits
+        threshold = args.null_score_diff_threshold
+        return find_answers(
+            questions.dataset["context"][:],
+            chunks,
+            *logits,
+            n_best_size=args.n_best_size,
+            max_answer_length=args.max_answer_length,
+            null_threshold=threshold if args.version_2_with_negative else None,
+        )
 
-
-def _write(
-    questions: Questions, found: Sequence[Answer], directory: Path, prefix: str
-) -> None:
-    """Writes the answers as Hugging Face's script does, an object by question."""
-    contents = {
-        "predictions": [answer.text for answer in found],
-        "nbest_predictions": [answer.n_best for answer in found],
-        "null_odds": [answer.null_odds for answer in found],
-    }
-    if found[0].null_odds is None:
-        del contents["null_odds"]
-    for name, values in contents.items():
-        path = directory / f"{prefix}{name}.json"
-        write_json(path, dict(zip(questions.dataset["id"], values, strict=True)))
+    def _write(
+        self, questions: Questions, found: Sequence[Answer], prefix: str
+    ) -> None:
+        """Writes the answers as Hugging Face's script does, an object by question."""
+        contents = {
+            "predictions": [answer.text for answer in found],
+            "nbest_predictions": [answer.n_best for answer in found],
+        }
+        if self.args.version_2_with_negative:
+            contents["null_odds"] = [answer.null_odds for answer in found]
+        for name, values in contents.items():
+            path = Path(self.args.output_dir, f"{prefix}{name}.json")
+            write_json(path, dict(zip(questions.dataset["id"], values, strict=True)))
 
 
 def make_span_step(apply: bert.Apply) -> Callable[..., Any]:
