@@ -20,7 +20,10 @@ import jax
 
 NUM_TRACED = 3
 # Lines of a trace on which work of the device stands: streams, or XLA's threads.
-LINES = {"/device:GPU": "Stream", "/host:CPU": "tf_XLAPjRtCpuClient"}
+LINES = {
+    "gpu": ("/device:GPU", "Stream"),
+    "cpu": ("/host:CPU", "tf_XLAPjRtCpuClient"),
+}
 NOT_WORK = ("ThreadpoolListener", "ThunkExecutor", "end: ")
 
 
@@ -47,18 +50,18 @@ def recorded(path: Path) -> Iterator[None]:
 
 def read_events(path: Path) -> list[Event]:
     """Returns what ran on the device, in the order of its start."""
-    trace = jax.profiler.ProfileData.from_file(str(path))
+    planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+    has_gpu = any(plane.name.startswith("/device:GPU") for plane in planes)
+    device, lines = LINES["gpu" if has_gpu else "cpu"]
     events = [
         Event(event.name, event.start_ns, event.duration_ns)
-        for plane in trace.planes
-        for prefix, line_name in LINES.items()
-        if plane.name.startswith(prefix)
+        for plane in planes
+        if plane.name.startswith(device)
         for line in plane.lines
-        if line.name.startswith(line_name)
+        if line.name.startswith(lines)
         for event in line.events
         if not event.name.startswith(NOT_WORK)
     ]
-    # A CPU has a plane of its own beside that of a GPU, which then says nothing.
     return sorted(events, key=lambda event: event.start)
 
 

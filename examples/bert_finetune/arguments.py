@@ -47,7 +47,7 @@ class Arguments:
         "Pad every batch to --max_seq_length, instead of to the smallest of a few "
         "lengths that holds its longest example.",
     )
-    overwrite_cache: bool = _flag(False, "Tokenize anew what is cached.")
+    overwrite_cache: bool = _flag(False, "Tokenize again what is cached.")
     max_train_samples: Fixed[int | None] = _flag(
         None, "Train on the first examples only."
     )

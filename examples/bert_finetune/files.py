@@ -10,7 +10,7 @@ from bert_finetune.errors import UserError
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file that is there whole or not at all."""
+    """Writes a JSON file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n")
     os.replace(partial, path)
@@ -23,7 +23,7 @@ def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_json_lines(path: Path, contents: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a `.jsonl` file that is there whole or not at all."""
+    """Writes a `.jsonl` file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(content) + "\n" for content in contents))
     os.replace(partial, path)

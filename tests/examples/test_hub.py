@@ -13,7 +13,7 @@ def test_a_directory_needs_no_hub(tmp_path):
 
 @pytest.mark.parametrize("offline", [False, True])
 def test_without_a_hub_the_error_names_the_way_out(monkeypatch, offline):
-    """Its address refuses connections, or HF_HUB_OFFLINE is set."""
+    """Its address rejects connections, or HF_HUB_OFFLINE is set."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"

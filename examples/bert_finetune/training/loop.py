@@ -328,6 +328,12 @@ def _restore(
         # Those after it are written again, and must not count as the newest.
         for later in [other for other in manager.all_steps() if other > step]:
             manager.delete(later)
+        model = path / "model.safetensors"
+        if (
+            path.parent == Path(run.task.args.output_dir).absolute()
+            and not model.exists()
+        ):
+            _save_model(run.task, state.params, path)  # The run was killed before this.
         if not saved["has_window"]:
             print("It holds no window: M-FAC starts with an empty one.")
         return state, saved
