@@ -143,7 +143,11 @@ def test_ways_to_say_where_to_go_on(root, tmp_path, unbroken, flags, capsys):
         flags = [str(checkpoint)]
     else:
         checkpoint = started(unbroken, out, until=14) / "checkpoint-14"
-    run_glue.main(command(root, out, "--resume_from_checkpoint", *flags))
+        # As a kill between the state and the model leaves it.
+        (checkpoint / "model.safetensors").unlink()
+    flags = ["--resume_from_checkpoint", *flags, "--save_total_limit", "9"]
+    run_glue.main(command(root, out, *flags))
+    assert (checkpoint / "model.safetensors").exists()
     assert f"Resuming from {checkpoint}." in capsys.readouterr().out
     assert_same_model(out, unbroken)
 
