@@ -51,8 +51,10 @@ measure() {
 # Meanwhile, on other cores: QQP is tokenized, and the authors' kernels are built. Newer
 # versions of torch have other names for what they call.
 prepare() {
-  JAX_PLATFORMS=cpu "$python" benchmarks/train_throughput.py --padding short --turns 1 \
-    --steps_per_turn 1 --optims adamw --model_name_or_path "$model" --dataset_name "$data"
+  local script='import sys, padded_lengths
+padded_lengths.make_run(*sys.argv[1:], ["--max_steps", "1"])'
+  PYTHONPATH=$PWD/benchmarks:$PYTHONPATH JAX_PLATFORMS=cpu \
+    "$python" -c "$script" "$model" "$data"
   if [ -n "$reference" ] && command -v nvcc >/dev/null; then
     rm -rf "$cache/kernels" && cp -r "$reference" "$cache/kernels" || return
     cd "$cache/kernels" || return
