@@ -87,5 +87,12 @@ def _write_reports(
         {optimizer.name: lines},
         description.metrics,
     )
-    card = directory / "README.md"
-    write_model_card(card, args, description, optimizer, results, lines, command)
+    write_model_card(
+        directory / "README.md",
+        args,
+        description,
+        optimizer.hyperparams,
+        results,
+        lines,
+        command,
+    )

@@ -2,12 +2,10 @@ import ast
 import json
 import math
 
-import optax
 import pytest
 from bert_finetune.arguments import GlueArguments
 from bert_finetune.reporting import model_card
-from bert_finetune.training.optimizers import Optimizer
-from bert_finetune.training.task import Description
+from bert_finetune.reporting.model_card import Description
 from huggingface_hub import ModelCard
 
 TASK = Description(
@@ -43,9 +41,9 @@ def write(
     path = directory / "README.md"
     model_card.write_model_card(
         path,
-        GlueArguments(model_name, "out", **flags or {}),
+        GlueArguments(model_name, "out", optim=optimizer, **flags or {}),
         TASK._replace(**changes),
-        Optimizer(optimizer, hyperparams, optax.constant_schedule(0.0), optax.sgd(0.0)),
+        hyperparams,
         results,
         lines,
         command,
@@ -201,6 +199,7 @@ def test_flags_named_are_those_that_tell_something(tmp_path):
         "max_seq_length: `128`",
         "per_device_train_batch_size: `8`",
         "per_device_eval_batch_size: `8`",
+        "optim: `MFAC`",
         "learning_rate: `0.0001`",
         "num_train_epochs: `3.0`",
         "lr_scheduler_type: `linear`",

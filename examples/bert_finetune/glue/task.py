@@ -17,9 +17,9 @@ from bert_finetune.data.features import Features, tokenize
 from bert_finetune.glue import splits
 from bert_finetune.glue.metrics import glue_metrics
 from bert_finetune.model import bert, pretrained
+from bert_finetune.reporting.model_card import Description
 from bert_finetune.training import losses
 from bert_finetune.training.task import (
-    Description,
     check_flags,
     padded_lengths,
     speed,

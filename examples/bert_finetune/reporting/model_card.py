@@ -9,14 +9,12 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from bert_finetune.arguments import Arguments
-from bert_finetune.training.optimizers import Optimizer
-from bert_finetune.training.task import Description
 
 # Flags that a reader looks for, whether or not they have their default.
 _ALWAYS_NAMED = frozenset(
@@ -33,11 +31,29 @@ _MAX_ROWS = 30
 _Values = Mapping[str, float]
 
 
+class Description(NamedTuple):
+    """What a run is called, and which of its results count.
+
+    Attributes:
+      title: of the curves.
+      dataset: a hub id, a directory or a file.
+      config: of the data set, if it has several.
+      metrics: the names, without ``eval_``, that count next to the loss.
+      pipeline_tag: the hub's name for what the model does.
+    """
+
+    title: str
+    dataset: str
+    config: str | None
+    metrics: Sequence[str]
+    pipeline_tag: str
+
+
 def write_model_card(
     path: Path,
     args: Arguments,
     task: Description,
-    optimizer: Optimizer,
+    hyperparams: Mapping[str, Any],
     results: _Values,
     lines: Sequence[_Values],
     command: str,
@@ -48,7 +64,7 @@ def write_model_card(
       path: of the card; the model is called as its directory.
       args: the flags of the run.
       task: of the run.
-      optimizer: with its hyper-parameters.
+      hyperparams: of the optimizer.
       results: of the evaluation, under names with ``eval_``; empty without one.
       lines: of `metrics.jsonl`.
       command: what was run.
@@ -65,12 +81,12 @@ def write_model_card(
     auto_class = _AUTO_CLASSES[task.pipeline_tag]
     text = f"""\
 ---
-{_front_matter(title, args, task, optimizer.name, values)}
+{_front_matter(title, args, task, values)}
 ---
 
 # {title}
 
-This is {base}, fine-tuned on {data} with {optimizer.name}, in JAX.
+This is {base}, fine-tuned on {data} with {args.optim}, in JAX.
 
 {_evaluation(values)}
 
@@ -90,7 +106,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 {command}
 ```
 
-{_bullets(_flags(args, optimizer))}
+{_bullets(_flags(args, hyperparams))}
 
 {_table([*values], lines)}## Versions
 
@@ -103,7 +119,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 
 
 def _front_matter(
-    title: str, args: Arguments, task: Description, optimizer: str, values: _Values
+    title: str, args: Arguments, task: Description, values: _Values
 ) -> str:
     """Returns what the hub reads; it lists results only for data that it knows."""
     dataset = _hub_id(task.dataset)
@@ -129,7 +145,7 @@ def _front_matter(
         library_name="transformers",
         metrics=metrics or None,
         pipeline_tag=task.pipeline_tag,
-        tags=["jax", "flax", "optax", optimizer.lower()],
+        tags=["jax", "flax", "optax", args.optim.lower()],
         model_name=title if listed else None,
         eval_results=listed or None,
     ).to_yaml()
@@ -142,7 +158,7 @@ def _evaluation(values: _Values) -> str:
     return f"On the evaluation data:\n\n{_bullets(shown)}"
 
 
-def _flags(args: Arguments, optimizer: Optimizer) -> dict[str, Any]:
+def _flags(args: Arguments, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the flags that differ from their default, and those always named."""
     flags = {
         field.name: getattr(args, field.name)
@@ -151,8 +167,8 @@ def _flags(args: Arguments, optimizer: Optimizer) -> dict[str, Any]:
         if field.default is not dataclasses.MISSING
         and (field.name in _ALWAYS_NAMED or getattr(args, field.name) != field.default)
     }
-    flags["learning_rate"] = optimizer.hyperparams["lr"]
-    return {**flags, optimizer.name: optimizer.hyperparams}
+    flags["learning_rate"] = hyperparams["lr"]
+    return {**flags, args.optim: hyperparams}
 
 
 def _table(names: Sequence[str], lines: Sequence[_Values]) -> str:

@@ -16,12 +16,13 @@ from bert_finetune.data.features import Features
 from bert_finetune.errors import UserError
 from bert_finetune.files import write_json
 from bert_finetune.model import bert, pretrained
+from bert_finetune.reporting.model_card import Description
 from bert_finetune.squad import metrics
 from bert_finetune.squad.answers import Answer, find_answers
 from bert_finetune.squad.chunks import Chunks, answer_positions, cut
 from bert_finetune.squad.questions import Questions, full_name, load_split
 from bert_finetune.training import losses
-from bert_finetune.training.task import Description, check_flags, padded_lengths, speed
+from bert_finetune.training.task import check_flags, padded_lengths, speed
 
 _MODEL_CLASS = bert.BertForQuestionAnswering
 _METRICS = {False: ["exact_match", "f1"], True: ["exact", "f1"]}

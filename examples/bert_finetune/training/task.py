@@ -1,7 +1,7 @@
 """What a training run has to know of its task."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from bert_finetune.arguments import Arguments
 from bert_finetune.data.batches import batch_lengths
@@ -9,25 +9,8 @@ from bert_finetune.data.features import Features
 from bert_finetune.errors import UserError
 from bert_finetune.model import bert
 from bert_finetune.model.pretrained import Pretrained
+from bert_finetune.reporting.model_card import Description
 from bert_finetune.training.losses import LossFn
-
-
-class Description(NamedTuple):
-    """What a run is called, and which of its results count.
-
-    Attributes:
-      title: of the curves.
-      dataset: a hub id, a directory or a file.
-      config: of the data set, if it has several.
-      metrics: the names, without ``eval_``, that count next to the loss.
-      pipeline_tag: the hub's name for what the model does.
-    """
-
-    title: str
-    dataset: str
-    config: str | None
-    metrics: Sequence[str]
-    pipeline_tag: str
 
 
 class Task(Protocol):
