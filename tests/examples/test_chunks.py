@@ -196,5 +196,7 @@ def test_a_question_too_long_is_cut_off(tokenizer):
 @pytest.mark.parametrize(("max_length", "stride"), [(20, 16), (20, 40), (5, 1)])
 def test_a_stride_without_room_is_rejected(tokenizer, max_length, stride):
     columns = {"question": ["yes"], "context": ["red"]}
-    with pytest.raises(UserError, match=rf"--doc_stride {stride} is too large .*fit"):
+    with pytest.raises(
+        UserError, match=rf"--doc_stride {stride} is too large .*must hold"
+    ):
         cut(columns, tokenizer, max_length, stride)
