@@ -126,11 +126,7 @@ def train(run: Run, directory: Path) -> Trained:
             try:
                 state, seconds = _take_steps(run, manager, state, log, saved)
             except steps.Diverged as error:
-                good = manager.latest_step()
-                kept = (
-                    f" checkpoint-{good} is the last good checkpoint." if good else ""
-                )
-                raise UserError(f"{error}{kept}") from error
+                raise UserError(f"{error}{_last_good(manager)}") from error
             params = state.params
             if args.load_best_model_at_end:
                 params = _load_best(manager, params)
@@ -149,6 +145,11 @@ def train(run: Run, directory: Path) -> Trained:
     }
     train_results = {**log.summary(), **epoch, **speed}
     return Trained(params, train_results, results | epoch if results else {})
+
+
+def _last_good(manager: ocp.CheckpointManager) -> str:
+    step = manager.latest_step()
+    return f" checkpoint-{step} is the last good checkpoint." if step else ""
 
 
 def _describe(run: Run, state: steps.TrainState) -> None:
