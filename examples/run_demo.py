@@ -30,9 +30,9 @@ NUM_TRAIN, NUM_VALIDATION = 8000, 1000
 MAX_LENGTH = 17  # Of the longest pair.
 BAG_OF_WORDS = "bag of words"
 NUM_STEPS = 3000
-# Both learning rates decay linearly over these steps. Each optimizer has the rate and
-# the warm-up that are best for it: for AdamW those of a sweep over 1e-4, 2e-4, 5e-4,
-# 1e-3 and 2e-3, without warm-up and with 10 %.
+# Both learning rates decay linearly over these steps. AdamW has the rate and the
+# warm-up that are best in a sweep over 1e-4, 2e-4, 5e-4, 1e-3 and 2e-3, without warm-up
+# and with 10 %.
 RUNS = {
     "M-FAC": '--optim MFAC --optim_args {"num_grads":128,"damp":1e-4} '
     "--learning_rate 3e-4 --warmup_ratio 0.1",
