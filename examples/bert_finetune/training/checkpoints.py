@@ -6,7 +6,6 @@ loop around it must know to resume.
 """
 
 import math
-import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -68,7 +67,15 @@ def open_manager(
     keep = [policies.LatestN(limit)]
     best_fn, lowest = None, False
     if best_metric is not None:
-        best_fn, lowest = operator.itemgetter(best_metric), best_metric.endswith("loss")
+        lowest = best_metric.endswith("loss")
+        worst = math.inf if lowest else -math.inf
+
+        # Results that are not finite are not saved.
+        def result_of(results: Mapping[str, float]) -> float:
+            return results.get(best_metric, worst)
+
+        best_fn = result_of
+
         keep.append(
             policies.BestN(
                 get_metric_fn=best_fn,
@@ -83,7 +90,7 @@ def open_manager(
         best_fn=best_fn,
         best_mode="min" if lowest else "max",
         cleanup_tmp_directories=not read_only,
-        # The loop goes on where a checkpoint cannot be written.
+        # An error shows in `save`, which the loop survives.
         enable_async_checkpointing=False,
         save_root_metadata=False,
         read_only=read_only,
@@ -122,8 +129,7 @@ def save(
             state=ocp.args.StandardSave(kept),  # pyright: ignore[reportCallIssue]
             loop=ocp.args.JsonSave({**loop_state, "has_window": has_window}),  # pyright: ignore[reportCallIssue]
         ),
-        # Without its metric a checkpoint is never the best.
-        metrics=finite if len(finite) == len(results) and results else None,
+        metrics=finite or None,
         force=True,
     )
     path = Path(manager.directory, f"checkpoint-{step}")

@@ -129,7 +129,7 @@ def train(run: Run, directory: Path) -> Trained:
                 raise UserError(f"{error}{_last_good(manager)}") from error
             params = state.params
             if args.load_best_model_at_end:
-                params = _load_best(manager, params)
+                params = _load_best(manager, metric, params)
             _save_model(run.task, params, directory)
             results = {}
             if args.do_eval:
@@ -367,9 +367,11 @@ def _check_same_run(run: Run, saved: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _load_best(manager: ocp.CheckpointManager, params: bert.Params) -> bert.Params:
+def _load_best(
+    manager: ocp.CheckpointManager, metric: str, params: bert.Params
+) -> bert.Params:
     step = manager.best_step()
-    if step is None:
+    if step is None or metric not in (manager.metrics(step) or {}):
         print("No checkpoint is the best: these are the last parameters.")
         return params
     path = Path(manager.directory, f"checkpoint-{step}")
