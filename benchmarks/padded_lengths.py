@@ -124,7 +124,7 @@ def main() -> None:
         config = run.task.model.config
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
         apply = bert.make_apply(config, bert.BertForSequenceClassification)
-        without = Steps(run, losses.classification_loss(apply))
+        without = Steps(run, losses.label_loss(apply))
         without.take(STEPS_PER_TURN)
         found[name] = np.array(without.losses)
     train_data = runs["short"].train_data

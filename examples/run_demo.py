@@ -47,11 +47,7 @@ FLAGS = (
 
 
 def main(output_dir: Path) -> None:
-    """Trains, prints the table and says where the plot is.
-
-    Raises:
-      UserError: if an optimizer does not beat the baseline.
-    """
+    """Trains and prints the table; raises if an optimizer misses the baseline."""
     datasets.disable_progress_bars()
     pairs = generate(NUM_TRAIN + NUM_VALIDATION, seed=0)
     train, validation = pairs[:NUM_TRAIN], pairs[NUM_TRAIN:]

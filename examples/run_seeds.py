@@ -16,9 +16,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
-import importlib.metadata
 import json
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,40 +27,36 @@ import jax
 import numpy as np
 import run_glue
 import run_qa
+from bert_finetune import arguments as flags
 from bert_finetune import cli
-from bert_finetune.arguments import (
-    Arguments,
-    GlueArguments,
-    QaArguments,
-    parse_arguments,
-)
 from bert_finetune.errors import Interrupted, UserError
-from bert_finetune.files import read_json_lines, write_json
+from bert_finetune.files import read_json_lines, write_json, write_text
+from bert_finetune.reporting.model_card import versions
 from bert_finetune.reporting.plots import plot_bands
 from bert_finetune.training.optimizers import parse_hyperparams
 
-SCRIPTS = {"run_glue": (run_glue, GlueArguments), "run_qa": (run_qa, QaArguments)}
-
+SCRIPTS = {
+    "run_glue": (run_glue, flags.GlueArguments),
+    "run_qa": (run_qa, flags.QaArguments),
+}
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 PUBLISHED_OPTIMIZERS = {"MFAC": "M-FAC", "adamw": "Adam", "adam": "Adam"}
 # How results begin that are no metrics, and SQuAD's details.
 NOT_METRICS = ("runtime", "samples", "steps_per", "total", "HasAns", "NoAns", "best")
-PACKAGES = ("mfac_jax", "jax", "jaxlib", "optax", "flax", "numpy", "transformers")
 
 
 class Run(NamedTuple):
     """One optimizer with one seed."""
 
     argv: list[str]
-    args: Arguments
+    args: flags.Arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Does the runs that are not finished, then writes and prints the table.
 
-    Raises:
-      UserError: before the first run, for flags that cannot be used or that differ from
-        those of a run in the same directory; and whatever stops a run.
+    Flags that cannot be used, or that differ from those of a run in the same directory,
+    raise a UserError before the first run.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse_options(argv)
@@ -83,19 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the flags; those of the runs are in ``arguments``.
-
-    Raises:
-      UserError: if there are no seeds.
-    """
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--script S] --optims NAME[=JSON] ... --seeds N -- ARGUMENTS",
-        description="Fine-tunes with several optimizers and seeds.",
-        allow_abbrev=False,
-    )
+    """Parses the flags; those of the runs are in ``arguments``."""
+    usage = "%(prog)s [--script S] --optims NAME[=JSON] ... --seeds N -- ARGUMENTS"
+    what = "Fine-tunes with several optimizers and seeds."
+    parser = argparse.ArgumentParser(usage=usage, description=what, allow_abbrev=False)
     add = parser.add_argument
     add("--script", choices=SCRIPTS, default="run_glue", help="run_glue by default")
-    optim_args = "each may have an --optim_args of its own: 'MFAC={\"num_grads\": 512}'"
+    optim_args = "each may have its own --optim_args: 'MFAC={\"num_grads\": 512}'"
     add("--optims", nargs="+", required=True, help=optim_args)
     add("--seeds", type=int, required=True, help="how many, from --seed or 0 on")
     add("arguments", nargs="+", metavar="ARGUMENTS", help="of the script, after --")
@@ -105,15 +93,11 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def make_runs(options: argparse.Namespace) -> tuple[Arguments, list[Run]]:
-    """Returns the flags that all runs share, parsed, and the runs.
-
-    Raises:
-      UserError: naming the flag that is wrong with one of the runs.
-    """
+def make_runs(options: argparse.Namespace) -> tuple[flags.Arguments, list[Run]]:
+    """Returns the flags that all runs share, parsed, and the runs."""
     # The last of two equal flags counts: a default goes before, a fixed value after.
     shared, (_, kind) = options.arguments, SCRIPTS[options.script]
-    base = parse_arguments(kind, ["--seed", "0", *shared])
+    base = flags.parse_arguments(kind, ["--seed", "0", *shared])
     if not (base.do_train and base.do_eval):
         raise UserError("--do_train and --do_eval are needed after --.")
     if base.overwrite_output_dir or base.resume_from_checkpoint:
@@ -129,22 +113,18 @@ def make_runs(options: argparse.Namespace) -> tuple[Arguments, list[Run]]:
     runs = []
     # Seed by seed, so that the optimizers can be compared early.
     for seed in range(base.seed, base.seed + options.seeds):
-        for optim, flags in own_flags.items():
+        for optim, own in own_flags.items():
             directory = Path(base.output_dir, optim, f"seed-{seed}")
-            argv = ["--eval_strategy", "epoch", *shared, "--optim", optim, *flags]
+            argv = ["--eval_strategy", "epoch", *shared, "--optim", optim, *own]
             argv += ["--seed", str(seed), "--output_dir", str(directory)]
-            runs.append(Run(argv, parse_arguments(kind, argv)))
+            runs.append(Run(argv, flags.parse_arguments(kind, argv)))
             # A mistake in the last optimizer must not show after the first ones' runs.
             parse_hyperparams(runs[-1].args)
     return base, runs
 
 
 def is_finished(run: Run) -> bool:
-    """Returns whether the run was done before.
-
-    Raises:
-      UserError: if its directory holds a run with other flags, finished or not.
-    """
+    """Returns whether the run was done before, with the same flags."""
     directory = Path(run.args.output_dir)
     path = directory / "arguments.json"
     if not path.exists():
@@ -157,20 +137,17 @@ def is_finished(run: Run) -> bool:
         if before.get(name) != now.get(name)
     ]
     if changes:
-        raise UserError(
-            f"{directory} holds a run with other flags: {'; '.join(changes)}. Use "
-            "another --output_dir."
-        )
+        what = f"{directory} holds a run with other flags: {'; '.join(changes)}"
+        raise UserError(f"{what}. Use another --output_dir.")
     return (directory / "all_results.json").exists()
 
 
-def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
+def report(base: flags.Arguments, runs: Sequence[Run], command: str) -> None:
     """Writes the table and the plot of finished runs, and prints the table."""
     model = Path(base.model_name_or_path).name.lower().replace("_", "-")
     summaries = summarize(runs, published_results(model, base.data_name))
     root, title = Path(base.output_dir), f"{model} on {base.data_name}"
     seeds = sorted({run.args.seed for run in runs})
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     content = {
         "model": model,
         "task": base.data_name,
@@ -179,7 +156,7 @@ def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
         "command": command,
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
     }
     write_json(root / "seeds.json", content)
     table = "\n\n".join([make_table(summaries), *published_notes(summaries)])
@@ -188,14 +165,13 @@ def report(base: Arguments, runs: Sequence[Run], command: str) -> None:
         f"percent except the loss; seeds: {', '.join(map(str, seeds))}.\n\n{table}\n\n"
         f"```bash\n{command}\n```\n"
     )
-    (root / "seeds.md").write_text(text, encoding="utf-8")
+    write_text(root / "seeds.md", text)
     groups = {
-        optim: [run["lines"] for run in summary["runs"].values()]
-        for optim, summary in summaries.items()
+        optim: [run["lines"] for run in s["runs"].values()]
+        for optim, s in summaries.items()
     }
     plot_bands(root / "seeds.png", title, groups, metric_names(summaries))
-    print(f"\n{table}")
-    print(f"The table and the curves are in {root}, as seeds.md, .json and .png.")
+    print(f"\n{table}\nThe table and curves are in {root}: seeds.md, .json and .png.")
 
 
 def published_results(model: str, task: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -228,9 +204,9 @@ def summarize(runs: Sequence[Run], published: Mapping[str, Any]) -> dict[str, An
         results = json.loads((directory / "all_results.json").read_text())
         lines = read_json_lines(directory / "metrics.jsonl")
         summary["runs"][str(seed)] = {**results, "lines": lines}
-    is_percent = isinstance(runs[0].args, QaArguments)
+    whole = 100 if isinstance(runs[0].args, flags.QaArguments) else 1
     for summary in summaries.values():
-        summary["metrics"] = metrics_of(summary["runs"], 100 if is_percent else 1)
+        summary["metrics"] = metrics_of(summary["runs"], whole)
     return summaries
 
 
@@ -242,10 +218,9 @@ def metrics_of(runs: Mapping[str, Any], whole: float) -> dict[str, Any]:
         if name == key or name.startswith(NOT_METRICS):
             continue
         values = {seed: run[key] / whole for seed, run in runs.items()}
-        array, std = np.array([*values.values()]), None
-        if len(array) > 1:
-            with np.errstate(invalid="ignore"):  # A seed may have diverged.
-                std = float(array.std(ddof=1))
+        array = np.array([*values.values()])
+        with np.errstate(invalid="ignore"):  # A seed may have diverged.
+            std = float(array.std(ddof=1)) if len(array) > 1 else None
         metrics[name] = {"values": values, "mean": float(array.mean()), "std": std}
     return metrics
 
@@ -260,12 +235,12 @@ def published_notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     notes = {}
     for optim, summary in summaries.items():
         for result in summary["published"].values():
-            name, details = PUBLISHED_OPTIMIZERS[optim], [result["source"]]
+            name, text = PUBLISHED_OPTIMIZERS[optim], result["source"]
             if result["num_grads"]:
-                details.append(f"num_grads {result['num_grads']}")
+                text += f", num_grads {result['num_grads']}"
             if result["epochs"]:
-                details.append(f"{result['epochs']} epochs")
-            notes[name] = f"Published {name}: {', '.join(details)}."
+                text += f", {result['epochs']} epochs"
+            notes[name] = f"Published {name}: {text}."
     return list(notes.values())
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -13,12 +13,17 @@ from bert_finetune.errors import UserError
 T = TypeVar("T")
 
 
-def _flag(default, help_text: str, **metadata):
-    return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
-
-
 # A flag whose value a resumed run must share with the run it resumes.
 Fixed = Annotated[T, "fixed"]
+# Flags with a lower bound, which are finite.
+Count = Annotated[int, 1]
+Limit = Annotated[int | None, 1]
+Amount = Annotated[float, 0]
+Length = Annotated[int, 3]
+
+
+def _flag(default, help_text: str, **metadata):
+    return dataclasses.field(default=default, metadata={"help": help_text, **metadata})
 
 
 def _required(help_text: str):
@@ -27,11 +32,9 @@ def _required(help_text: str):
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What one fine-tuning run is made of, whatever its task."""
+    """The flags that all tasks share."""
 
-    model_name_or_path: str = _required(
-        "A directory with a BERT, or its id on the hub."
-    )
+    model_name_or_path: str = _required("A directory with a BERT, or its hub id.")
     output_dir: str = _required("Where the model, results and curves are written.")
     train_file: str | None = _flag(None, "Training data of your own.")
     validation_file: str | None = _flag(None, "The same for evaluation.")
@@ -39,75 +42,52 @@ class Arguments:
     do_train: bool = _flag(False, "Train.")
     do_eval: bool = _flag(False, "Evaluate on the validation split, after training.")
     do_predict: bool = _flag(False, "Write predictions for the test split.")
-    max_seq_length: Fixed[int] = _flag(
-        128, "Tokens per example at most: longer ones are truncated."
-    )
+    max_seq_length: Fixed[Length] = _flag(128, "Tokens to truncate examples to.")
     pad_to_max_length: Fixed[bool] = _flag(
-        False,
-        "Pad every batch to --max_seq_length, instead of to the smallest of a few "
-        "lengths that holds its longest example.",
+        False, "Pad to --max_seq_length, not just to hold a batch's longest example."
     )
     overwrite_cache: bool = _flag(False, "Tokenize again what is cached.")
-    max_train_samples: Fixed[int | None] = _flag(
-        None, "Train on the first examples only."
-    )
-    max_eval_samples: int | None = _flag(None, "Evaluate on the first examples only.")
-    max_predict_samples: int | None = _flag(None, "Predict the first examples only.")
-    per_device_train_batch_size: Fixed[int] = _flag(8, "Examples per forward pass.")
-    per_device_eval_batch_size: int = _flag(8, "Examples per evaluation step.")
-    gradient_accumulation_steps: Fixed[int] = _flag(
+    max_train_samples: Fixed[Limit] = _flag(None, "Train on the first examples only.")
+    max_eval_samples: Limit = _flag(None, "The same for evaluation.")
+    max_predict_samples: Limit = _flag(None, "The same for prediction.")
+    per_device_train_batch_size: Fixed[Count] = _flag(8, "Examples per forward pass.")
+    per_device_eval_batch_size: Count = _flag(8, "The same in evaluation.")
+    gradient_accumulation_steps: Fixed[Count] = _flag(
         1, "Forward passes whose gradients are averaged for one training step."
     )
     optim: Fixed[str] = _flag(
-        "adamw",
-        "The optimizer: MFAC, adamw, or the name of one of Optax's, such as lion or "
-        "contrib.muon.",
+        "adamw", "MFAC, adamw, or an optimizer of Optax such as lion or contrib.muon."
     )
     optim_args: str | None = _flag(
-        None,
-        'Its hyper-parameters as JSON, for example \'{"lr": 1e-4, "damp": 1e-6}\'.',
+        None, 'Its hyper-parameters as JSON: \'{"lr": 1e-4, "damp": 1e-6}\'.'
     )
-    learning_rate: float = _flag(
-        5e-5, 'The peak learning rate; "lr" in --optim_args overrides it.'
-    )
-    weight_decay: float = _flag(
-        0.0, "Weight decay, not applied to biases and LayerNorm weights."
-    )
-    max_grad_norm: Fixed[float] = _flag(
-        1.0, "Gradients are scaled down to this global norm; 0 leaves them as they are."
-    )
+    learning_rate: Amount = _flag(5e-5, 'The peak; "lr" in --optim_args overrides it.')
+    weight_decay: Amount = _flag(0.0, "Not applied to biases and LayerNorm weights.")
+    max_grad_norm: Fixed[Amount] = _flag(1.0, "Gradient norm to clip to; 0: none.")
     num_train_epochs: Fixed[float] = _flag(3.0, "Passes over the training data.")
-    max_steps: Fixed[int] = _flag(
-        -1, "The number of steps if positive, whatever the epochs."
-    )
+    max_steps: Fixed[int] = _flag(-1, "The number of steps if positive, not epochs.")
     lr_scheduler_type: Fixed[Literal["linear", "cosine", "constant"]] = _flag(
-        "linear", "How the learning rate goes on after the warm-up."
+        "linear", "Shape of the learning rate after the warm-up."
     )
     warmup_ratio: Fixed[float] = _flag(
         0.0, "Share of the steps in which the learning rate rises linearly from 0."
     )
-    warmup_steps: Fixed[int] = _flag(0, "The same in steps; overrides --warmup_ratio.")
+    warmup_steps: Fixed[Annotated[int, 0]] = _flag(0, "Overrides --warmup_ratio.")
     bf16: Fixed[bool] = _flag(
         False, "Compute in bfloat16; parameters, gradients and optimizer stay float32."
     )
-    logging_steps: int = _flag(500, "Steps between two lines of metrics.jsonl.")
+    logging_steps: Count = _flag(500, "Steps between lines of metrics.jsonl.")
     eval_strategy: Literal["no", "steps", "epoch"] = _flag(
         "no", "When to evaluate during training; implies --do_eval."
     )
-    eval_steps: int | None = _flag(
-        None, "Steps between two evaluations; --logging_steps by default."
-    )
+    eval_steps: Limit = _flag(None, "Steps between evaluations, or --logging_steps.")
     save_strategy: Literal["no", "steps", "epoch"] = _flag(
-        "epoch", "When to write a checkpoint that training can be resumed from."
+        "epoch", "When to write a checkpoint that training can resume from."
     )
-    save_steps: int = _flag(500, "Steps between two checkpoints.")
-    save_total_limit: int = _flag(
-        1, "Checkpoints to keep: the newest, and the best one beside them."
-    )
+    save_steps: Count = _flag(500, "Steps between two checkpoints.")
+    save_total_limit: Count = _flag(1, "Newest checkpoints to keep; also the best one.")
     save_window: bool = _flag(
-        True,
-        "Keep M-FAC's gradients in checkpoints. Without them a resumed run starts with "
-        "an empty window.",
+        True, "Keep M-FAC's gradients in checkpoints; without, it resumes with none."
     )
     load_best_model_at_end: bool = _flag(
         False, "End with the parameters of the best checkpoint, not with the last ones."
@@ -115,99 +95,59 @@ class Arguments:
     metric_for_best_model: str = _flag("loss", 'What "best" means, such as f1.')
     resume_from_checkpoint: str | None = _flag(
         None,
-        "A checkpoint directory to resume from; without a value, or with "
-        '"last", the last one in --output_dir.',
+        'The checkpoint to resume from; "last" or no value: the last in --output_dir.',
         nargs="?",
         const="last",
     )
-    report_to: Literal["none", "tensorboard"] = _flag(
-        "none", "Where metrics go beside metrics.jsonl."
-    )
-    seed: Fixed[int] = _flag(42, "Fixes initialization, data order and dropout.")
+    report_to: Literal["none", "tensorboard"] = _flag("none", "Where else metrics go.")
+    seed: Fixed[Annotated[int, 0]] = _flag(42, "For new weights, order and dropout.")
     overwrite_output_dir: bool = _flag(
-        False,
-        "Train anew into a directory that is not empty; its checkpoints are deleted.",
+        False, "Start over in a directory that is not empty; deletes its checkpoints."
     )
+
+    @classmethod
+    def _annotated(cls, kind: type) -> dict[str, Any]:
+        """Returns by name of a flag its annotation of this type."""
+        return {
+            name: annotation
+            for name, hint in get_type_hints(cls, include_extras=True).items()
+            for annotation in getattr(hint, "__metadata__", ())
+            if isinstance(annotation, kind)
+        }
 
     @property
     def fixed(self) -> dict[str, Any]:
         """The flags that a resumed run must share with the run it resumes."""
-        return {
-            f"--{name}": getattr(self, name)
-            for name, hint in get_type_hints(type(self), include_extras=True).items()
-            if get_origin(hint) is Annotated
-        }
+        return {f"--{name}": getattr(self, name) for name in self._annotated(str)}
 
     @property
     def data_name(self) -> str:
-        """What the training data are called, without folders and endings."""
+        """The name of the training data, without folders and endings."""
         return Path(self.train_file or "").stem
 
     def check(self) -> None:
-        """Checks each flag, and that they go together.
-
-        Raises:
-          UserError: naming the flag, its value and what it may be.
-        """
-        at_least = {
-            "max_seq_length": 3,
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "max_train_samples": 1,
-            "max_eval_samples": 1,
-            "max_predict_samples": 1,
-            "learning_rate": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "eval_steps": 1,
-            "save_steps": 1,
-            "save_total_limit": 1,
-            "seed": 0,
-        }
-        for name, minimum in at_least.items():
-            self._check_at_least(name, minimum)
-        if not 0 < self.num_train_epochs < math.inf:
-            raise UserError(
-                f"--num_train_epochs must be positive, got {self.num_train_epochs}."
-            )
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise UserError(
-                "--max_steps must be positive, or -1 to count by epochs, got "
-                f"{self.max_steps}."
-            )
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(
-                f"--warmup_ratio must be in [0, 1], got {self.warmup_ratio}."
-            )
+        """Raises a UserError for a flag out of range, or flags that do not fit."""
+        for name, least in self._annotated(int).items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise UserError(f"--{name} must be at least {least}, got {value}.")
+        epochs, steps = self.num_train_epochs, self.max_steps
+        if not 0 < epochs < math.inf:
+            raise UserError(f"--num_train_epochs must be positive, got {epochs}.")
+        if steps == 0 or steps < -1:
+            raise UserError(f"--max_steps must be positive, or -1, got {steps}.")
+        ratio = self.warmup_ratio
+        if not 0 <= ratio <= 1:
+            raise UserError(f"--warmup_ratio must be in [0, 1], got {ratio}.")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise UserError(
                 "there is nothing to do: give --do_train, --do_eval, --do_predict or "
                 "more than one of them."
             )
-        self._check_best_model()
-
-    def _check_at_least(self, name: str, minimum: float) -> None:
-        value = getattr(self, name)
-        if value is not None and not minimum <= value < math.inf:
-            raise UserError(f"--{name} must be at least {minimum}, got {value}.")
-
-    def _check_files(self, data_flag: str) -> None:
-        """Checks that there are data for everything to do, without ``data_flag``."""
-        files = {
-            "do_train": "train_file",
-            "do_eval": "validation_file",
-            "do_predict": "test_file",
-        }
-        for action, name in files.items():
-            if getattr(self, action) and getattr(self, name) is None:
-                raise UserError(f"--{action} needs --{data_flag} or --{name}.")
+        if self.load_best_model_at_end:
+            self._check_best_model()
 
     def _check_best_model(self) -> None:
-        if not self.load_best_model_at_end:
-            return
         if self.eval_strategy == "no" or self.eval_strategy != self.save_strategy:
             raise UserError(
                 "--load_best_model_at_end needs --eval_strategy and --save_strategy to "
@@ -221,10 +161,17 @@ class Arguments:
                 f"a multiple of --eval_steps {eval_steps}."
             )
 
+    def _check_files(self, data_flag: str) -> None:
+        """Checks that there are data for everything to do, without ``data_flag``."""
+        files = {"train": "train", "eval": "validation", "predict": "test"}
+        for action, split in files.items():
+            if getattr(self, f"do_{action}") and getattr(self, f"{split}_file") is None:
+                raise UserError(f"--do_{action} needs --{data_flag} or --{split}_file.")
+
 
 @dataclasses.dataclass(frozen=True)
 class GlueArguments(Arguments):
-    """The flags of `run_glue.py`; its files are .csv, .tsv, .json(l) or .parquet."""
+    """The flags of `run_glue.py`."""
 
     task_name: Fixed[str | None] = _flag(
         None,
@@ -233,8 +180,7 @@ class GlueArguments(Arguments):
     )
     dataset_name: str = _flag(
         "nyu-mll/glue",
-        "A hub id, or a directory that holds TASK/train-*.parquet and "
-        "TASK/validation-*.parquet.",
+        "A hub id, or a directory with TASK/{train,validation}-*.parquet.",
     )
 
     @property
@@ -253,10 +199,9 @@ class QaArguments(Arguments):
 
     dataset_name: str | None = _flag(
         None,
-        "A hub id (squad and squad_v2 are short for rajpurkar/squad and "
-        "rajpurkar/squad_v2), or a directory that holds train-*.parquet and "
-        "validation-*.parquet, itself or one folder deeper. Without it, the data are "
-        "the files given: SQuAD's own .json, or .jsonl or .parquet.",
+        "A hub id, or a directory with {train,validation}-*.parquet, itself or one "
+        "folder deeper. Without it, the data are the files given: SQuAD's own .json, "
+        "or .jsonl or .parquet.",
     )
     dataset_config_name: str | None = _flag(
         None, "The configuration of the data set, where it has several."
@@ -264,20 +209,18 @@ class QaArguments(Arguments):
     version_2_with_negative: bool = _flag(
         False, "Some questions have no answer, as in SQuAD version 2."
     )
-    max_seq_length: Fixed[int] = _flag(
-        384, "Tokens of a question with a chunk of its context at most."
+    max_seq_length: Fixed[Length] = _flag(
+        384, "Maximum tokens of a question with a chunk of its context."
     )
-    doc_stride: Fixed[int] = _flag(
-        128, "Tokens that two neighbouring chunks of a long context share."
+    doc_stride: Fixed[Annotated[int, 0]] = _flag(
+        128, "Tokens that two neighboring chunks of a long context share."
     )
-    n_best_size: int = _flag(
-        20, "Answers to list per question, and start and end positions to combine."
-    )
-    max_answer_length: int = _flag(30, "Tokens of an answer at most.")
+    n_best_size: Count = _flag(20, "Answers to list per question.")
+    max_answer_length: Count = _flag(30, "Maximum tokens of an answer.")
     null_score_diff_threshold: float = _flag(
         0.0,
-        "A question is left unanswered if the score of no answer exceeds that of the "
-        "best answer by more than this; with --version_2_with_negative.",
+        "With --version_2_with_negative, a question is left unanswered if the score of "
+        "no answer exceeds that of the best answer by more than this.",
     )
     metric_for_best_model: str = _flag(
         "f1",
@@ -295,14 +238,9 @@ class QaArguments(Arguments):
         super().check()
         if self.dataset_name is None:
             self._check_files("dataset_name")
-        for name in ("n_best_size", "max_answer_length"):
-            self._check_at_least(name, 1)
-        self._check_at_least("doc_stride", 0)
-        if not math.isfinite(self.null_score_diff_threshold):
-            raise UserError(
-                "--null_score_diff_threshold must be a number, got "
-                f"{self.null_score_diff_threshold}."
-            )
+        value = self.null_score_diff_threshold
+        if not math.isfinite(value):
+            raise UserError(f"--null_score_diff_threshold must be finite, got {value}.")
 
 
 AnyArguments = TypeVar("AnyArguments", bound=Arguments)
@@ -311,15 +249,7 @@ AnyArguments = TypeVar("AnyArguments", bound=Arguments)
 def parse_arguments(
     kind: type[AnyArguments], argv: Sequence[str] | None = None
 ) -> AnyArguments:
-    """Parses and checks the flags of a script.
-
-    Args:
-      kind: the flags it has.
-      argv: what was typed, by default on the command line.
-
-    Raises:
-      UserError: naming the flag, its value and what it may be.
-    """
+    """Parses and checks the flags of a script, by default those typed."""
     parser = HfArgumentParser(kind, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     args, unknown = parser.parse_args_into_dataclasses(
         None if argv is None else list(argv),

@@ -20,11 +20,7 @@ def run_script(main: Callable[[], Any], interrupted: str) -> None:
     """Runs a script; prints user errors as one line and exits with a code.
 
     With ``FINETUNE_TRACEBACK=1`` in the environment user errors keep their traceback,
-    as all other errors always do.
-
-    Args:
-      main: the script.
-      interrupted: what Ctrl-C means to it.
+    as all other errors always do. ``interrupted`` is what Ctrl-C means to the script.
     """
     try:
         main()

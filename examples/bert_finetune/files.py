@@ -1,4 +1,4 @@
-"""JSON files."""
+"""Files written atomically."""
 
 import json
 import os
@@ -9,11 +9,17 @@ from typing import Any
 from bert_finetune.errors import UserError
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically, in UTF-8."""
+    partial = path.with_name(f".{path.name}.partial")
+    # Names of files need not be UTF-8.
+    partial.write_text(text, "utf-8", errors="replace")
+    os.replace(partial, path)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
 def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
@@ -24,17 +30,11 @@ def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_json_lines(path: Path, contents: Sequence[Mapping[str, Any]]) -> None:
     """Writes a `.jsonl` file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(content) + "\n" for content in contents))
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(content) + "\n" for content in contents))
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a `.jsonl` file, without a last line that a killed run left torn.
-
-    Raises:
-      UserError: if a line before the last is not an object in JSON.
-    """
+    """Reads a `.jsonl` file, without a last line that a killed run left torn."""
     lines = path.read_bytes().splitlines()
     contents = []
     for number, line in enumerate(lines, start=1):

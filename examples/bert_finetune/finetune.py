@@ -23,13 +23,7 @@ def finetune(
 ) -> dict[str, float]:
     """Does what the flags say and writes what it finds; returns the evaluation.
 
-    Args:
-      args: the flags.
-      load_task: from the flags to the task.
-      command: what was typed, for the model card.
-
-    Raises:
-      UserError: if something cannot be used, read or written, or training diverges.
+    ``command`` is for the model card.
     """
     # Before anything slow.
     hyperparams = optimizers.parse_hyperparams(args) if args.do_train else {}
@@ -78,21 +72,11 @@ def _explained() -> Iterator[None]:
 def _write_reports(
     run: loop.Run, command: str, directory: Path, results: Mapping[str, float]
 ) -> None:
-    args, optimizer = run.task.args, run.optimizer
-    description = run.task.describe()
-    lines = read_json_lines(directory / METRICS_FILE)
-    plot_curves(
-        directory / "curves.png",
-        f"{description.title}, {optimizer.name}",
-        {optimizer.name: lines},
-        description.metrics,
-    )
+    name, hyperparams = run.optimizer.name, run.optimizer.hyperparams
+    described, lines = run.task.describe(), read_json_lines(directory / METRICS_FILE)
+    title = f"{described.title}, {name}"
+    plot_curves(directory / "curves.png", title, {name: lines}, described.metrics)
+    card = directory / "README.md"
     write_model_card(
-        directory / "README.md",
-        args,
-        description,
-        optimizer.hyperparams,
-        results,
-        lines,
-        command,
+        card, run.task.args, described, hyperparams, results, lines, command
     )

@@ -2,17 +2,13 @@
 
 from pathlib import Path
 
-from bert_finetune.errors import UserError
+from bert_finetune.errors import UserError, first_line
 
 _MODEL_FILES = ["config.json", "vocab.txt", "tokenizer*", "special_tokens_map.json"]
 
 
 def resolve_model(name_or_path: str) -> Path:
-    """Returns the directory of a model: a local one, or a hub id fetched or cached.
-
-    Raises:
-      UserError: if it is neither a directory nor to be had from the hub.
-    """
+    """Returns the directory of a model: a local one, or a hub id fetched or cached."""
     path = Path(name_or_path)
     if path.is_dir():
         return path
@@ -34,8 +30,3 @@ def resolve_model(name_or_path: str) -> Path:
             "model.safetensors or pytorch_model.bin."
         ) from error
     return directory
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -41,7 +41,7 @@ def test_agreement_is_reported(monkeypatch, capsys):
 
 def test_disagreement_is_an_error(monkeypatch):
     stand_in(monkeypatch, 1e-6)
-    with pytest.raises(UserError, match=r"float64 differ by 1\.0e-06"):
+    with pytest.raises(UserError, match=r"float64 by 1\.0e-06"):
         crosscheck_pytorch.main(FLAGS)
 
 

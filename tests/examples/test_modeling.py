@@ -7,7 +7,7 @@ import pytest
 import toy_bert
 from bert_finetune.errors import UserError
 from bert_finetune.model import bert, pretrained
-from bert_finetune.training.losses import classification_loss
+from bert_finetune.training.losses import label_loss
 from transformers import BertConfig
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
@@ -105,7 +105,7 @@ def test_bfloat16_is_of_the_computation_alone():
     np.testing.assert_allclose(
         np.asarray(logits, np.float32), apply(params, batch, None), rtol=0.05
     )
-    loss_fn = classification_loss(narrow)
+    loss_fn = label_loss(narrow)
     batch = {**batch, "labels": np.array([0, 2]), "weights": np.ones(2, np.float32)}
     grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, _), grads = grad_fn(params, batch, None)
@@ -148,7 +148,7 @@ def test_initialization_follows_seed_and_config():
         ({"hidden_act": "maxout"}, "hidden_act 'maxout'"),
         ({"position_embedding_type": "relative_key"}, "'relative_key'"),
         ({"is_decoder": True}, "decoder"),
-        ({"num_attention_heads": 3}, "hidden_size 16 .* num_attention_heads 3"),
+        ({"num_attention_heads": 3}, "hidden_size 16.* num_attention_heads 3"),
     ],
 )
 def test_a_config_it_cannot_follow_is_refused(entries, message):

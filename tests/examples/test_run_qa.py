@@ -229,7 +229,7 @@ def test_short_padding_changes_no_loss(root, tmp_path, monkeypatch, capsys):
         (["--doc_stride", "-1"], "--doc_stride must be at least 0, got -1"),
         (["--n_best_size", "0"], "--n_best_size must be at least 1, got 0"),
         (["--max_answer_length", "0"], "--max_answer_length must be at least 1, got 0"),
-        (["--null_score_diff_threshold", "nan"], "must be a number, got nan"),
+        (["--null_score_diff_threshold", "nan"], "must be finite, got nan"),
         (
             ["--metric_for_best_model", "loss"],
             "must be one of exact, f1, HasAns_exact, .*, got 'loss'",

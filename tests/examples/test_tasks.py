@@ -151,7 +151,7 @@ def test_scores_out_of_range_are_rejected(tmp_path, labels):
     [
         ("train.txt", "a,label\n", "must end in one of .csv, .tsv, .json"),
         ("train.json", "not json", "train.json cannot be read"),
-        ("train.csv", "label\n1\n0\n", "no column of texts besides 'label'"),
+        ("train.csv", "label\n1\n0\n", "no text column besides 'label'"),
         ("train.csv", "text,label\n", "train.csv is empty"),
         ("train.csv", "", "train.csv cannot be read: No columns"),
         ("train.json", "[]", "train.json is empty"),

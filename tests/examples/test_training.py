@@ -9,13 +9,12 @@ import pytest
 from bert_finetune.arguments import GlueArguments, parse_arguments
 from bert_finetune.data.batches import batch_of, eval_batches
 from bert_finetune.data.features import Features
-from bert_finetune.glue.task import make_eval_step, predict
 from bert_finetune.model import bert, pretrained
-from bert_finetune.squad.task import make_span_step
 from bert_finetune.training import optimizers
 from bert_finetune.training.losses import (
-    classification_loss,
-    regression_loss,
+    label_loss,
+    label_scores,
+    span_logits,
     span_loss,
 )
 from bert_finetune.training.steps import (
@@ -42,7 +41,7 @@ def micro_losses(optimizer, dtype, num_steps):
         MICRO,
     )
     apply = bert.make_apply(config, model_class, dtype)
-    loss_fn, traces = classification_loss(apply), []
+    loss_fn, traces = label_loss(apply), []
 
     def traced_loss_fn(*args):
         traces.append(args)
@@ -110,7 +109,7 @@ def toy_batch(inputs, labels, batch_size):
 
 
 def test_rows_that_fill_up_a_batch_do_not_count():
-    loss_fn = classification_loss(apply_scalar)
+    loss_fn = label_loss(apply_scalar)
     params = {"w": jnp.float32(0.5)}
     full, metrics = loss_fn(params, toy_batch([1, 2, 3], [1, 0, 0], 3), None)
     padded, padded_metrics = loss_fn(params, toy_batch([1, 2, 3], [1, 0, 0], 8), None)
@@ -122,12 +121,12 @@ def test_rows_that_fill_up_a_batch_do_not_count():
     assert metrics["accuracy"] == padded_metrics["accuracy"] == pytest.approx(1 / 3)
 
 
-def test_predictions_are_in_order_and_once_each():
-    losses, predictions = predict(
-        {"w": jnp.float32(1.0)},
-        make_eval_step(apply_scalar),
-        eval_batches(features_of([3, -2, 5, -1, 4], [1, 0, 0, 0, 1]), 2, [1]),
-        5,
+def test_evaluation_batches_hold_each_example_once_in_order():
+    features = features_of([3, -2, 5, -1, 4], [1, 0, 0, 0, 1])
+    scores, params = label_scores(apply_scalar), {"w": jnp.float32(1.0)}
+    found = [scores(params, batch) for batch in eval_batches(features, 2, [1])]
+    losses, predictions = (
+        np.concatenate(column)[:5] for column in zip(*found, strict=True)
     )
     assert predictions.tolist() == [1, 0, 1, 0, 1]
     np.testing.assert_allclose(
@@ -165,7 +164,7 @@ def test_an_answer_is_two_positions():
     assert loss.dtype == jnp.float32
     assert loss == pytest.approx(np.mean(expected), rel=1e-6)
     assert not metrics
-    starts, ends = make_span_step(apply)(params, batch)
+    starts, ends = span_logits(apply)(params, batch)
     np.testing.assert_array_equal(starts, tokens.astype(np.float32))
     np.testing.assert_array_equal(ends, tokens.astype(np.float32) / 2)
 
@@ -175,24 +174,20 @@ def test_a_regression_is_squared_error():
         return (params["w"] * batch["input_ids"]).astype(jnp.bfloat16)
 
     params, labels = {"w": jnp.float32(0.5)}, np.array([1.5, 1.0], np.float32)
-    loss, metrics = regression_loss(apply)(params, toy_batch([2, 4], labels, 5), None)
+    batch = toy_batch([2, 4], labels, 5)
+    loss, metrics = label_loss(apply, is_regression=True)(params, batch, None)
     assert loss == pytest.approx((0.5**2 + 1.0**2) / 2)
     assert not metrics
-    losses, predictions = predict(
-        params,
-        make_eval_step(apply, is_regression=True),
-        eval_batches(features_of([2, 4], labels), 3, [1]),
-        2,
-    )
-    assert losses.tolist() == [0.25, 1.0]
-    assert predictions.tolist() == [1.0, 2.0]
+    losses, predictions = label_scores(apply, is_regression=True)(params, batch)
+    assert losses[:2].tolist() == [0.25, 1.0]
+    assert predictions[:2].tolist() == [1.0, 2.0]
 
 
 def train_scalar(optimizer, batches, *, schedule=None, **options):
     records = []
     state = init_state({"w": jnp.float32(0.0)}, optimizer, seed=0)
     step_fn = make_train_step(
-        classification_loss(apply_scalar),
+        label_loss(apply_scalar),
         optimizer,
         schedule=schedule,
         **options,
@@ -277,7 +272,7 @@ def test_a_length_is_compiled_once_ahead_or_when_it_comes(num_ahead):
         for indices in (np.array([0, 1]), np.array([1, 2]))
     ]
     step_fn = compile_ahead(
-        make_train_step(classification_loss(apply), optimizer),
+        make_train_step(label_loss(apply), optimizer),
         jax.eval_shape(lambda: state),
         batches[:num_ahead],
     )

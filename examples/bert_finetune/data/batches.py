@@ -16,21 +16,13 @@ _PREFETCHED_BATCHES = 4
 
 
 class TrainData(NamedTuple):
-    """What fixes every batch of a training run.
-
-    Attributes:
-      features: the examples.
-      batch_size: examples per step; the last step of an epoch may have fewer.
-      num_steps: of the run.
-      lengths: to which a batch may be padded, rising.
-      seed: of the order.
-    """
+    """What determines every batch of a training run."""
 
     features: Features
-    batch_size: int
+    batch_size: int  # The last step of an epoch may have fewer examples.
     num_steps: int
-    lengths: Sequence[int]
-    seed: int
+    lengths: Sequence[int]  # To which a batch may be padded, rising.
+    seed: int  # Of the order.
 
     @property
     def steps_per_epoch(self) -> int:
@@ -62,12 +54,11 @@ def batch_of(
     mask = columns < sizes[:, None]
     # Behind the last example there is nothing to read.
     positions = np.where(mask, starts[:, None] + columns, 0)
+    types = np.where(mask, features.token_types[positions], 0)
     return {
         "input_ids": np.where(mask, features.tokens[positions], features.pad_token_id),
         "attention_mask": mask.astype(np.int32),
-        "token_type_ids": np.where(mask, features.token_types[positions], 0).astype(
-            np.int32
-        ),
+        "token_type_ids": types.astype(np.int32),
         "weights": (np.arange(batch_size) < len(indices)).astype(np.float32),
         **{name: column[filled] for name, column in features.targets.items()},
     }
@@ -76,8 +67,7 @@ def batch_of(
 def train_order(train_data: TrainData, start: int = 0) -> Iterator[np.ndarray]:
     """Yields the examples of each step from ``start`` on, reshuffled every epoch.
 
-    The order follows from the seed and the step alone, so a run that goes on in the
-    middle sees what it would have seen.
+    Seed and step alone determine the order, so a resumed run sees the same batches.
     """
     features, batch_size = train_data.features, train_data.batch_size
     epoch, step_in_epoch = divmod(start, train_data.steps_per_epoch)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import datasets
 import datasets.config
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 # What a tokenizer returns of an example, as `datasets` keeps it.
 TOKEN_COLUMNS = {
@@ -18,20 +17,12 @@ TOKEN_COLUMNS = {
 
 
 class Features(NamedTuple):
-    """Tokenized examples, concatenated.
+    """Tokenized examples, concatenated."""
 
-    Attributes:
-      tokens: int32, shape ``(tokens,)``.
-      token_types: int8, 1 for the second text of a pair, same shape.
-      starts: int64, shape ``(examples + 1,)``: where each example begins, and the end.
-      targets: by name, a number per example; becomes part of each batch.
-      pad_token_id: what fills up a batch.
-    """
-
-    tokens: np.ndarray
-    token_types: np.ndarray
-    starts: np.ndarray
-    targets: Mapping[str, np.ndarray]
+    tokens: np.ndarray  # int32, (tokens,)
+    token_types: np.ndarray  # int8, (tokens,): 1 in the second text of a pair.
+    starts: np.ndarray  # int64, (examples + 1,): where each begins, and the end.
+    targets: Mapping[str, np.ndarray]  # Part of each batch: a number per example.
     pad_token_id: int
 
     @property
@@ -41,7 +32,7 @@ class Features(NamedTuple):
 
 def tokenize(
     dataset: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     text_columns: Sequence[str],
     targets: Mapping[str, np.ndarray],
     max_length: int,
@@ -50,32 +41,17 @@ def tokenize(
 ) -> Features:
     """Tokenizes texts or pairs of texts, truncating the longer one first.
 
-    Args:
-      dataset: holds the text columns.
-      tokenizer: the model's.
-      text_columns: one or two.
-      targets: by name, a number per example.
-      max_length: tokens per example at most, special tokens included.
-      overwrite_cache: tokenize also what is cached.
+    ``max_length`` includes special tokens; ``targets`` are numbers per example.
     """
 
     def encode(batch: Mapping[str, list[str]], _: list[int]) -> dict[str, Any]:
         texts = [batch[column] for column in text_columns]
-        encoded = tokenizer(
-            texts[0],
-            texts[1] if len(texts) > 1 else None,
-            truncation=True,
-            max_length=max_length,
-        )
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         return {name: encoded[name] for name in TOKEN_COLUMNS}
 
+    key, types = (list(text_columns), max_length), TOKEN_COLUMNS
     tokenized = map_cached(
-        dataset,
-        encode,
-        TOKEN_COLUMNS,
-        tokenizer,
-        (list(text_columns), max_length),
-        overwrite_cache=overwrite_cache,
+        dataset, encode, types, tokenizer, key, overwrite_cache=overwrite_cache
     )
     return features_of(tokenized, tokenizer, targets)
 
@@ -92,15 +68,7 @@ def map_cached(
     """Applies ``encode`` to batches of rows and their numbers.
 
     The result is kept in the cache of `datasets`, under a name made from the data, the
-    tokenizer and the key.
-
-    Args:
-      dataset: of the texts.
-      encode: from columns and row numbers to the new columns.
-      columns: the types of these.
-      tokenizer: that ``encode`` uses.
-      key: all else that the result depends on.
-      overwrite_cache: do also what is cached.
+    tokenizer and ``key``, which is all else that it depends on.
     """
     datasets.disable_progress_bars()
     # Not the name that `datasets` would choose, from the tokenizer as it is pickled: it

@@ -22,16 +22,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def load(name: str, config: str | None, split: str) -> datasets.Dataset:
-    """Loads a split from a directory or from the hub.
-
-    Args:
-      name: a directory in the layout of the hub, or a hub id.
-      config: of the data set, if it has several; the folder of its files.
-      split: its name.
-
-    Raises:
-      UserError: if it is not there.
-    """
+    """Loads a split from a directory in the layout of the hub, or from the hub."""
     directory = Path(name)
     if not directory.is_dir():
         return _load_from_hub(name, config, split)
@@ -65,17 +56,12 @@ def _load_from_hub(name: str, config: str | None, split: str) -> datasets.Datase
 
 
 def load_files(files: Sequence[str]) -> datasets.Dataset:
-    """Loads files of one format.
-
-    Raises:
-      UserError: if one is not there, empty, or cannot be read.
-    """
+    """Loads files of one format."""
     datasets.disable_progress_bars()
     extension = Path(files[0]).suffix
     if extension not in _FORMATS:
-        raise UserError(
-            f"{files[0]} must end in one of {', '.join(_FORMATS)} to say its format."
-        )
+        known = ", ".join(_FORMATS)
+        raise UserError(f"{files[0]} must end in one of {known} to say its format.")
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"there is no file {file}.")
@@ -104,18 +90,12 @@ def select(
     max_samples: int | None,
     where: str,
 ) -> datasets.Dataset:
-    """Selects columns, and the first rows only if ``max_samples`` is given.
-
-    Raises:
-      UserError: if a column is not there, or one of ``texts`` lacks a text in a row.
-    """
+    """Selects columns and the first rows, and checks that ``texts`` hold texts."""
     columns = [*texts, *others]
     for column in columns:
         if column not in dataset.column_names:
-            raise UserError(
-                f"{where} has no column {column!r}; it has "
-                f"{', '.join(dataset.column_names)}."
-            )
+            found = ", ".join(dataset.column_names)
+            raise UserError(f"{where} has no column {column!r}; it has {found}.")
     rows = range(len(dataset))[:max_samples]
     dataset = dataset.select_columns(columns).select(rows)
     for column in texts:

@@ -33,11 +33,7 @@ def glue_metrics(
 ) -> dict[str, float]:
     """Returns the metrics by name; of more than one, also their mean.
 
-    Args:
-      names: out of ``accuracy``, ``f1`` (of the label 1), ``matthews_correlation``,
-        ``pearson`` and ``spearmanr``.
-      labels: shape ``(examples,)``, integers, or numbers for the last two.
-      predictions: likewise.
+    Labels and predictions have shape ``(examples,)``; F1 is that of the label 1.
     """
     values = {name: float(_METRICS[name](labels, predictions)) for name in names}
     if len(names) > 1:

@@ -18,12 +18,9 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Split(NamedTuple):
-    """Examples of a task.
+    """Texts, with int32 indices into the task's label names or float32 numbers.
 
-    Attributes:
-      dataset: holds the text columns.
-      labels: int32 indices into the task's ``label_names``, or float32 numbers; zeros
-        for a test split, whose labels nobody reads.
+    The labels of a test split are zeros, which nobody reads.
     """
 
     dataset: datasets.Dataset
@@ -35,17 +32,13 @@ def find_task(args: GlueArguments, config: BertConfig) -> GlueTask:
 
     The labels of files are those of the training file; without one, those that the
     model was trained on.
-
-    Raises:
-      UserError: for an unknown task, or files that cannot be used.
     """
-    if args.task_name is not None:
-        if args.task_name not in TASKS:
-            raise UserError(
-                f"--task_name must be one of {', '.join(TASKS)}, got "
-                f"{args.task_name!r}."
-            )
-        return TASKS[args.task_name]
+    name = args.task_name
+    if name is not None:
+        if name not in TASKS:
+            known = ", ".join(TASKS)
+            raise UserError(f"--task_name must be one of {known}, got {name!r}.")
+        return TASKS[name]
     path = args.train_file if args.do_train else args.validation_file or args.test_file
     assert path is not None, "the flags have been checked"
     dataset = sources.load_files([path])
@@ -71,10 +64,8 @@ def _find_text_columns(dataset: datasets.Dataset, path: str) -> list[str]:
     columns = dataset.column_names
     names = [n for n in columns if n != LABEL and sources.holds_text(dataset, n)]
     if not names:
-        raise UserError(
-            f"{path} has no column of texts besides {LABEL!r}; it has "
-            f"{', '.join(columns)}."
-        )
+        found = ", ".join(columns)
+        raise UserError(f"{path} has no text column besides {LABEL!r}; it has {found}.")
     usual = ["sentence1", "sentence2"]
     return usual if set(usual) <= set(names) else names[:2]
 
@@ -82,16 +73,9 @@ def _find_text_columns(dataset: datasets.Dataset, path: str) -> list[str]:
 def load_split(
     args: GlueArguments, task: GlueTask, split: str, max_samples: int | None
 ) -> Split:
-    """Loads a split and checks its texts and labels.
+    """Loads the first examples of a split and checks its texts and labels.
 
-    Args:
-      args: the flags, which say where it is.
-      task: of the flags.
-      split: a name in GLUE; its first word says which file it is.
-      max_samples: keep the first examples only.
-
-    Raises:
-      UserError: if the split or one of its columns is not there, or of the wrong kind.
+    The first word of the split's name in GLUE says which file it is.
     """
     kind = split.split("_")[0]
     file: str | None = getattr(args, f"{kind}_file")
@@ -127,9 +111,8 @@ def _labels(values: list[Any], task: GlueTask, where: str) -> np.ndarray:
         bad = [v for v in values if isinstance(v, list | dict) or v not in index]
     if bad:
         hint = " (-1 stands for a label that is not public)" if -1 in bad else ""
-        raise UserError(
-            f"the labels of {where} must be {expected}, got {_shown(bad)}{hint}."
-        )
+        got = f"{_shown(bad)}{hint}"
+        raise UserError(f"the labels of {where} must be {expected}, got {got}.")
     if task.is_regression:
         return np.asarray(values, np.float32)
     return np.asarray([index[value] for value in values], np.int32)

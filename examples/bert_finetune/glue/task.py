@@ -1,42 +1,30 @@
 """The task of run_glue: a GLUE task, or classification and regression on your files."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bert_finetune import hub
 from bert_finetune.arguments import GlueArguments
 from bert_finetune.data.batches import eval_batches, prefetch
 from bert_finetune.data.features import Features, tokenize
+from bert_finetune.files import write_text
 from bert_finetune.glue import splits
 from bert_finetune.glue.metrics import glue_metrics
 from bert_finetune.model import bert, pretrained
 from bert_finetune.reporting.model_card import Description
 from bert_finetune.training import losses
-from bert_finetune.training.task import (
-    check_flags,
-    padded_lengths,
-    speed,
-)
+from bert_finetune.training.task import check_flags, padded_lengths, speed
 
 _MODEL_CLASS = bert.BertForSequenceClassification
 
 
 class Classification:
-    """A classifier, or a regression, with its data; implements `training.task.Task`.
-
-    Args:
-      args: the flags.
-
-    Raises:
-      UserError: for a model, files or data that cannot be used.
-    """
+    """A classifier, or a regression, with its data; implements `training.task.Task`."""
 
     def __init__(self, args: GlueArguments):
         directory = hub.resolve_model(args.model_name_or_path)
@@ -60,11 +48,9 @@ class Classification:
         apply = bert.make_apply(
             model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
         )
-        make_loss = (
-            losses.regression_loss if task.is_regression else losses.classification_loss
-        )
-        self.loss = make_loss(apply)
-        self._eval_step = make_eval_step(apply, is_regression=task.is_regression)
+        kind = {"is_regression": task.is_regression}
+        self.loss = losses.label_loss(apply, **kind)
+        self._scores = jax.jit(losses.label_scores(apply, **kind))
         # The model's label for each label of the data.
         self._model_labels = np.array([names.index(n) for n in task.label_names])
         self._load_splits()
@@ -132,12 +118,11 @@ class Classification:
             losses_, predictions = self._predictions(params, features)
             labels = self._in_data(features.targets["labels"])
             seconds = time.perf_counter() - started
+            batch_size = self.args.per_device_eval_batch_size
             values = {
                 "loss": float(losses_.mean()),
                 **glue_metrics(task.metrics, labels, predictions),
-                **speed(
-                    seconds, features.num_examples, self.args.per_device_eval_batch_size
-                ),
+                **speed(seconds, features.num_examples, batch_size),
             }
             ending = task.eval_splits[split]
             results |= {f"eval_{name}{ending}": value for name, value in values.items()}
@@ -149,8 +134,11 @@ class Classification:
         """Returns losses and predictions, these in the labels of the data."""
         batch_size = self.args.per_device_eval_batch_size
         batches = eval_batches(features, batch_size, padded_lengths(self.args))
-        losses_, predictions = predict(
-            params, self._eval_step, prefetch(batches), features.num_examples
+        found = [self._scores(params, batch) for batch in prefetch(batches)]
+        # The last batch is filled up.
+        losses_, predictions = (
+            np.concatenate(column)[: features.num_examples]
+            for column in zip(*found, strict=True)
         )
         return losses_, self._in_data(predictions)
 
@@ -175,41 +163,5 @@ class Classification:
                 shown = [str(label) for label in predictions]
             rows = [f"{i}\t{value}" for i, value in enumerate(shown)]
             path = Path(self.args.output_dir, task.test_splits[split])
-            path.write_text(
-                "\n".join(["index\tprediction", *rows, ""]), encoding="utf-8"
-            )
+            write_text(path, "\n".join(["index\tprediction", *rows, ""]))
             print(f"Predictions are in {path}.")
-
-
-EvalStep = Callable[[bert.Params, bert.Batch], tuple[jax.Array, jax.Array]]
-
-
-def make_eval_step(apply: bert.Apply, *, is_regression: bool = False) -> EvalStep:
-    """Returns the jitted ``(params, batch) -> (losses, predictions)``, one per row."""
-
-    @jax.jit
-    def eval_step(params, batch):
-        logits = losses.full_precision(apply(params, batch, None))
-        if is_regression:
-            return jnp.square(logits[:, 0] - batch["labels"]), logits[:, 0]
-        values = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["labels"]
-        )
-        return values, jnp.argmax(logits, axis=-1)
-
-    return eval_step
-
-
-def predict(
-    params: bert.Params,
-    eval_step: EvalStep,
-    batches: Iterable[Mapping[str, Any]],
-    num_examples: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns losses and predictions of all examples, in order, each exactly once."""
-    results = [eval_step(params, batch) for batch in batches]
-    losses_, predictions = (
-        np.concatenate([np.asarray(part) for part in column])[:num_examples]
-        for column in zip(*results, strict=True)
-    )
-    return losses_, predictions

@@ -1,29 +1,19 @@
-"""The nine GLUE tasks, and a task made of files of one's own."""
+"""The nine GLUE tasks, and a task made of your own files."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class GlueTask(NamedTuple):
-    """A task of classification, or of regression if it has one label only.
+    """A task of classification, or of regression if it has one label only."""
 
-    Attributes:
-      text_columns: one or two.
-      label_names: in the order of the labels in the data.
-      metrics: as GLUE reports them.
-      eval_splits: split -> what its results end in.
-      test_splits: split -> the file of predictions.
-      writes_names: whether GLUE takes predictions as names of labels.
-      label_range: of a regression; ``None`` is any.
-    """
-
-    text_columns: Sequence[str]
-    label_names: Sequence[str]
-    metrics: Sequence[str]
-    eval_splits: Mapping[str, str]
-    test_splits: Mapping[str, str]
-    writes_names: bool = False
-    label_range: tuple[float, float] | None = None
+    text_columns: Sequence[str]  # One or two.
+    label_names: Sequence[str]  # In the order of the labels in the data.
+    metrics: Sequence[str]  # As GLUE reports them.
+    eval_splits: Mapping[str, str]  # Split -> the ending of its results.
+    test_splits: Mapping[str, str]  # Split -> the file of predictions.
+    writes_names: bool = False  # Whether predictions are names of labels.
+    label_range: tuple[float, float] | None = None  # Of a regression; None is any.
 
     @property
     def is_regression(self) -> bool:
@@ -31,77 +21,47 @@ class GlueTask(NamedTuple):
 
 
 REGRESSION_METRICS = ("pearson", "spearmanr")
-_SENTENCES = ("sentence1", "sentence2")
-_VALIDATION = {"validation": ""}
+
+
+def _task(texts: str, labels: str, metrics: str, file: str, **others: Any) -> GlueTask:
+    splits = {"eval_splits": {"validation": ""}, "test_splits": {"test": file}}
+    words = texts.split(), labels.split(), metrics.split()
+    return GlueTask(*words, **{**splits, **others})
+
+
+_SENTENCES = "sentence1 sentence2"
+_ENTAILMENT = "entailment not_entailment"
 
 TASKS = {
-    "cola": GlueTask(
-        ("sentence",),
-        ("unacceptable", "acceptable"),
-        ("matthews_correlation",),
-        _VALIDATION,
-        {"test": "CoLA.tsv"},
+    "cola": _task(
+        "sentence", "unacceptable acceptable", "matthews_correlation", "CoLA.tsv"
     ),
-    "sst2": GlueTask(
-        ("sentence",),
-        ("negative", "positive"),
-        ("accuracy",),
-        _VALIDATION,
-        {"test": "SST-2.tsv"},
+    "sst2": _task("sentence", "negative positive", "accuracy", "SST-2.tsv"),
+    "mrpc": _task(_SENTENCES, "not_equivalent equivalent", "accuracy f1", "MRPC.tsv"),
+    "qqp": _task(
+        "question1 question2", "not_duplicate duplicate", "accuracy f1", "QQP.tsv"
     ),
-    "mrpc": GlueTask(
+    "stsb": _task(
         _SENTENCES,
-        ("not_equivalent", "equivalent"),
-        ("accuracy", "f1"),
-        _VALIDATION,
-        {"test": "MRPC.tsv"},
-    ),
-    "qqp": GlueTask(
-        ("question1", "question2"),
-        ("not_duplicate", "duplicate"),
-        ("accuracy", "f1"),
-        _VALIDATION,
-        {"test": "QQP.tsv"},
-    ),
-    "stsb": GlueTask(
-        _SENTENCES,
-        ("similarity",),
-        REGRESSION_METRICS,
-        _VALIDATION,
-        {"test": "STS-B.tsv"},
+        "similarity",
+        "pearson spearmanr",
+        "STS-B.tsv",
         label_range=(0.0, 5.0),
     ),
-    "mnli": GlueTask(
-        ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
-        ("accuracy",),
-        {"validation_matched": "", "validation_mismatched": "_mm"},
-        {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+    "mnli": _task(
+        "premise hypothesis",
+        "entailment neutral contradiction",
+        "accuracy",
+        "",
+        eval_splits={"validation_matched": "", "validation_mismatched": "_mm"},
+        test_splits={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
         writes_names=True,
     ),
-    "qnli": GlueTask(
-        ("question", "sentence"),
-        ("entailment", "not_entailment"),
-        ("accuracy",),
-        _VALIDATION,
-        {"test": "QNLI.tsv"},
-        writes_names=True,
+    "qnli": _task(
+        "question sentence", _ENTAILMENT, "accuracy", "QNLI.tsv", writes_names=True
     ),
-    "rte": GlueTask(
-        _SENTENCES,
-        ("entailment", "not_entailment"),
-        ("accuracy",),
-        _VALIDATION,
-        {"test": "RTE.tsv"},
-        writes_names=True,
-    ),
-    "wnli": GlueTask(
-        _SENTENCES,
-        ("not_entailment", "entailment"),
-        ("accuracy",),
-        _VALIDATION,
-        {"test": "WNLI.tsv"},
-    ),
+    "rte": _task(_SENTENCES, _ENTAILMENT, "accuracy", "RTE.tsv", writes_names=True),
+    "wnli": _task(_SENTENCES, "not_entailment entailment", "accuracy", "WNLI.tsv"),
 }
 
 
@@ -111,7 +71,7 @@ def task_of_files(text_columns: Sequence[str], label_names: Sequence[str]) -> Gl
         text_columns,
         label_names,
         REGRESSION_METRICS if len(label_names) == 1 else ("accuracy",),
-        _VALIDATION,
+        {"validation": ""},
         {"test": "predictions.tsv"},
         writes_names=True,
     )

@@ -44,21 +44,13 @@ _IGNORED = {
 
 
 class Pretrained(NamedTuple):
-    """A model read from a directory.
-
-    Attributes:
-      params: nested dict of arrays, as :func:`bert.init_params` makes them.
-      config: with the labels of the task.
-      tokenizer: the fast tokenizer.
-      model_class: of the model.
-      notes: one sentence for each thing that was ignored or initialized.
-    """
+    """A model read from a directory."""
 
     params: bert.Params
-    config: BertConfig
+    config: BertConfig  # With the labels of the task.
     tokenizer: PreTrainedTokenizerBase
     model_class: bert.ModelClass
-    notes: list[str]
+    notes: list[str]  # A sentence for each thing ignored or initialized.
 
 
 def load_pretrained(
@@ -70,17 +62,8 @@ def load_pretrained(
 ) -> Pretrained:
     """Reads config, tokenizer and weights of a model.
 
-    Args:
-      directory: holds `config.json`, a tokenizer, and `model.safetensors` or
-        `pytorch_model.bin`.
-      model_class: the model to fill.
-      label_names: the labels of the task, in the order of the logits; ``None`` keeps
-        those of the config.
-      seed: initializes what the checkpoint lacks of the pooler and the head.
-
-    Raises:
-      UserError: naming the file, and the tensors that are missing, unknown or of
-        another shape.
+    ``label_names`` replace the labels of the config, in the order of the logits. The
+    seed initializes what the checkpoint lacks of the pooler and the head.
     """
     config = read_config(directory)
     if label_names is not None:
@@ -110,9 +93,8 @@ def read_config(directory: Path) -> BertConfig:
         raise UserError(f"{path} must hold a JSON object.")
     model_type = entries.pop("model_type", "bert")
     if model_type != "bert":
-        raise UserError(
-            f"{path} has model_type {model_type!r}; only 'bert' is supported."
-        )
+        what = f"model_type {model_type!r}"
+        raise UserError(f"{path} has {what}; only 'bert' is supported.")
     try:
         config = BertConfig.from_dict(entries)
     except Exception as error:
@@ -124,16 +106,14 @@ def read_config(directory: Path) -> BertConfig:
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Reads the fast tokenizer from its own files or from `vocab.txt` alone."""
-    if not any((directory / name).exists() for name in ("vocab.txt", "tokenizer.json")):
-        raise UserError(
-            f"{directory} has no tokenizer: neither vocab.txt nor tokenizer.json."
-        )
+    names = ("vocab.txt", "tokenizer.json")
+    if not any((directory / name).exists() for name in names):
+        raise UserError(f"{directory} has no tokenizer: neither {' nor '.join(names)}.")
     try:
         return BertTokenizer.from_pretrained(directory)
     except Exception as error:
-        raise UserError(
-            f"the tokenizer in {directory} cannot be read: {error}"
-        ) from error
+        what = f"the tokenizer in {directory} cannot be read"
+        raise UserError(f"{what}: {error}") from error
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -146,9 +126,8 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
             raise UserError(f"{path} cannot be read: {error}") from error
     if torch_path.exists():
         return read_torch_checkpoint(torch_path)
-    raise UserError(
-        f"{directory} has no weights: neither {path.name} nor {torch_path.name}."
-    )
+    names = f"{path.name} nor {torch_path.name}"
+    raise UserError(f"{directory} has no weights: neither {names}.")
 
 
 def params_from_tensors(
@@ -156,17 +135,8 @@ def params_from_tensors(
 ) -> tuple[bert.Params, list[str]]:
     """Fills parameters from the tensors of a checkpoint.
 
-    Args:
-      tensors: by Hugging Face's names, with or without the prefix ``bert.``.
-      new_params: initialized parameters; they give names and shapes, and stay where the
-        checkpoint has no pooler or no head.
-      source: where the tensors come from, for messages.
-
-    Returns:
-      The parameters, and a sentence for each thing ignored or initialized.
-
-    Raises:
-      UserError: naming the tensors that are missing, unknown or of another shape.
+    ``new_params`` give names and shapes, and stay where the checkpoint has no pooler or
+    no head. Returns also a sentence for each thing ignored or initialized.
     """
     tensors = {_canonical_name(name): tensor for name, tensor in tensors.items()}
     flat_params: Any = traverse_util.flatten_dict(new_params, sep=".")
@@ -195,29 +165,23 @@ def params_from_tensors(
     if problems:
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            f"the weights in {source} do not fit config.json: {shown}{more}."
-        )
+        what = f"the weights in {source} do not fit config.json"
+        raise UserError(f"{what}: {shown}{more}.")
     params = traverse_util.unflatten_dict(flat_params, sep=".")
     return params, [*sorted(ignored), *sorted(new)]
 
 
 def tensors_from_params(params: bert.Params) -> dict[str, np.ndarray]:
     """Returns the parameters under Hugging Face's names, in its layout."""
-    tensors = {}
     flat_params: Any = traverse_util.flatten_dict(jax.device_get(params), sep=".")
-    for path, array in flat_params.items():
-        array = array.T if path.endswith(".kernel") else array
-        tensors[_tensor_name(path)] = np.ascontiguousarray(array)
-    return tensors
+    return {
+        _tensor_name(path): np.ascontiguousarray(x.T if path.endswith(".kernel") else x)
+        for path, x in flat_params.items()
+    }
 
 
 def save_pretrained(directory: Path, model: Pretrained) -> None:
-    """Writes a directory that `transformers` loads, each file atomically.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
+    """Writes a directory that `transformers` loads, each file atomically."""
     model.config.architectures = [model.model_class.__name__]
     tensors = tensors_from_params(model.params)
     try:
@@ -231,9 +195,8 @@ def save_pretrained(directory: Path, model: Pretrained) -> None:
             for file in sorted(Path(staging).iterdir()):
                 file.replace(directory / file.name)
     except OSError as error:
-        raise UserError(
-            f"the model cannot be written to {directory}: {error}"
-        ) from error
+        where = f"the model cannot be written to {directory}"
+        raise UserError(f"{where}: {error}") from error
 
 
 def _canonical_name(name: str) -> str:

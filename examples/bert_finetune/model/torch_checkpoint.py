@@ -77,12 +77,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a state dict saved by ``torch.save``, by name.
-
-    Raises:
-      UserError: for a file that is damaged, in torch's format from before version 1.6,
-        or that holds or asks for anything but tensors.
-    """
+    """Returns the tensors of a state dict saved by ``torch.save``, by name."""
     try:
         with open(path, "rb") as file:
             if file.read(1) == b"\x80":
@@ -121,9 +116,7 @@ def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     tensors = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise UserError(
-                f"entry {name!r} is not a tensor; a state dict of tensors is needed."
-            )
+            raise UserError(f"entry {name!r} is not a tensor, as all have to be.")
         tensors[name] = _as_array(name, tensor, read_storage(tensor.storage))
     return tensors
 

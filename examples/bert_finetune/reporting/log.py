@@ -21,17 +21,10 @@ _TENSORBOARD_SECONDS = 10
 
 
 class Log:
-    """Writes a line every few steps and for every evaluation.
+    """Writes a line every few steps, for the first and last, and for each evaluation.
 
-    Args:
-      directory: of the run.
-      start: steps taken before, by the run that this one resumes.
-      num_steps: of the run.
-      steps_per_epoch: of the data.
-      logging_steps: from one line to the next; the first and the last step have one.
-      to_tensorboard: whether to write files for TensorBoard too. ``eval_NAME`` becomes
-        ``eval/NAME`` there, other names are under ``train/``.
-      saved: what :meth:`state` returned at step ``start``. Later lines are dropped.
+    A resumed run starts after ``start`` steps, with what :meth:`state` returned there;
+    later lines are dropped.
     """
 
     def __init__(
@@ -48,15 +41,12 @@ class Log:
         self._start, self._num_steps = start, num_steps
         self._steps_per_epoch = steps_per_epoch
         self._logging_steps = logging_steps
-        # Since the last line.
-        self._sums: dict[str, float] = dict(saved.get("sums", {}))
-        self._num_summed: int = saved.get("num_summed", 0)
-        self._total_loss: float = saved.get("total_loss", 0.0)
-        self._last: dict[str, float] = saved.get("last", {})
-        kept = []
-        if self._path.exists():
-            kept = read_json_lines(self._path)[: saved.get("num_lines", 0)]
-        self._num_lines = len(kept)
+        # Sums are those since the last line.
+        new = {"num_lines": 0, "sums": {}, "num_summed": 0, "total_loss": 0.0}
+        self._state: dict[str, Any] = {**new, "last": {}, **saved}
+        lines = read_json_lines(self._path) if self._path.exists() else []
+        kept = lines[: self._state["num_lines"]]
+        self._state["num_lines"] = len(kept)
         write_json_lines(self._path, kept)
         self._began = time.perf_counter()
         self._bar = tqdm(
@@ -88,30 +78,25 @@ class Log:
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint has to keep."""
-        return {
-            "num_lines": self._num_lines,
-            "sums": self._sums,
-            "num_summed": self._num_summed,
-            "total_loss": self._total_loss,
-            "last": self._last,
-        }
+        return self._state
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the metrics of a step."""
-        self._last = dict(metrics)
-        self._total_loss += metrics["loss"]
-        self._num_summed += 1
+        state = self._state
+        state["last"] = dict(metrics)
+        state["total_loss"] += metrics["loss"]
+        state["num_summed"] += 1
         for name in _AVERAGED:
             if name in metrics:
-                self._sums[name] = self._sums.get(name, 0.0) + metrics[name]
+                state["sums"][name] = state["sums"].get(name, 0.0) + metrics[name]
         if not self._bar.disable:
             shown = f"loss={metrics['loss']:.4f}, lr={metrics['learning_rate']:.2e}"
             self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
         if step % self._logging_steps == 0 or step in (1, self._num_steps):
-            means = {n: total / self._num_summed for n, total in self._sums.items()}
+            means = {k: v / state["num_summed"] for k, v in state["sums"].items()}
             self._write(step, {**metrics, **means})
-            self._sums, self._num_summed = {}, 0
+            state |= {"sums": {}, "num_summed": 0}
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Adds the results of an evaluation after a step."""
@@ -119,14 +104,17 @@ class Log:
 
     def summary(self) -> dict[str, float]:
         """Returns the mean loss and the optimizer's last diagnostics."""
-        others = (*_AVERAGED, "learning_rate")
-        diagnostics = {n: v for n, v in self._last.items() if n not in others}
-        return {"train_loss": self._total_loss / self._num_steps, **diagnostics}
+        others, last = (*_AVERAGED, "learning_rate"), self._state["last"]
+        diagnostics = {name: v for name, v in last.items() if name not in others}
+        return {
+            "train_loss": self._state["total_loss"] / self._num_steps,
+            **diagnostics,
+        }
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         line = {"epoch": step / self._steps_per_epoch, **values}
         append_json_line(self._path, {"step": step, **line})
-        self._num_lines += 1
+        self._state["num_lines"] += 1
         if self._tensorboard is not None:
             for name, value in line.items():
                 kind = "eval" if name.startswith("eval_") else "train"

@@ -15,6 +15,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from bert_finetune.arguments import Arguments
+from bert_finetune.files import write_text
 
 # Flags that a reader looks for, whether or not they have their default.
 _ALWAYS_NAMED = frozenset(
@@ -32,21 +33,13 @@ _Values = Mapping[str, float]
 
 
 class Description(NamedTuple):
-    """What a run is called, and which of its results count.
-
-    Attributes:
-      title: of the curves.
-      dataset: a hub id, a directory or a file.
-      config: of the data set, if it has several.
-      metrics: the names, without ``eval_``, that count next to the loss.
-      pipeline_tag: the hub's name for what the model does.
-    """
+    """What a run is called, and which of its results count."""
 
     title: str
-    dataset: str
-    config: str | None
-    metrics: Sequence[str]
-    pipeline_tag: str
+    dataset: str  # A hub id, a directory or a file.
+    config: str | None  # Of the data set, if it has several.
+    metrics: Sequence[str]  # Without `eval_`, in addition to the loss.
+    pipeline_tag: str  # The hub's name for what the model does.
 
 
 def write_model_card(
@@ -58,23 +51,14 @@ def write_model_card(
     lines: Sequence[_Values],
     command: str,
 ) -> None:
-    """Writes a model card atomically.
+    """Writes a model card atomically; the model is called as its directory.
 
-    Args:
-      path: of the card; the model is called as its directory.
-      args: the flags of the run.
-      task: of the run.
-      hyperparams: of the optimizer.
-      results: of the evaluation, under names with ``eval_``; empty without one.
-      lines: of `metrics.jsonl`.
-      command: what was run.
+    ``results`` are those of the evaluation, under names with ``eval_``, or empty;
+    ``lines`` are those of `metrics.jsonl`.
     """
     title = path.resolve().parent.name
-    values = {
-        name: results[f"eval_{name}"]
-        for name in ("loss", *task.metrics)
-        if f"eval_{name}" in results
-    }
+    found = {name: results.get(f"eval_{name}") for name in ("loss", *task.metrics)}
+    values = {name: value for name, value in found.items() if value is not None}
     base, data = _link(args.model_name_or_path), _link(task.dataset, "datasets/")
     if task.config is not None:
         data = f"`{task.config}` of {data}"
@@ -110,12 +94,9 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 
 {_table([*values], lines)}## Versions
 
-{_bullets(_versions())}
+{_bullets(versions())}
 """
-    partial = path.with_name(f".{path.name}.partial")
-    # A file name that is not UTF-8 can be part of the command.
-    partial.write_text(text, "utf-8", errors="replace")
-    os.replace(partial, path)
+    write_text(path, text)
 
 
 def _front_matter(
@@ -175,8 +156,8 @@ def _table(names: Sequence[str], lines: Sequence[_Values]) -> str:
     """Returns a table of evaluations, each next to the training loss logged last."""
     rows, training_loss = [], None
     for line in lines:
-        if any(f"eval_{name}" in line for name in names):
-            values = [line.get(f"eval_{name}") for name in names]
+        values = [line.get(f"eval_{name}") for name in names]
+        if any(value is not None for value in values):
             cells = map(_format, [line["epoch"], training_loss, *values])
             rows.append([str(line["step"]), *cells])
         training_loss = line.get("loss", training_loss)
@@ -189,13 +170,14 @@ def _table(names: Sequence[str], lines: Sequence[_Values]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n\n"
 
 
-def _versions() -> dict[str, str]:
-    versions = {"Python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that matter."""
+    found = {"python": platform.python_version()}
     for package in "mfac_jax jax optax flax transformers datasets".split():
         # Nothing is known of a package that runs from a checkout.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _is_local(name: str) -> bool:
@@ -209,9 +191,8 @@ def _hub_id(name: str) -> str | None:
 
 
 def _link(name: str, kind: str = "") -> str:
-    if _hub_id(name) is None:
-        return f"`{_inline(name)}`"
-    return f"[{name}](https://huggingface.co/{kind}{name})"
+    link = f"[{name}](https://huggingface.co/{kind}{name})"
+    return f"`{_inline(name)}`" if _hub_id(name) is None else link
 
 
 def _format(value: float | None) -> str:

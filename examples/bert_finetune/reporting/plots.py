@@ -23,14 +23,7 @@ def smooth(steps: Sequence[float], values: Any) -> tuple[list[float], list[float
 def plot_curves(
     path: Path, title: str, runs: Mapping[str, _Run], metrics: Sequence[str]
 ) -> None:
-    """Draws loss and metrics against the step, in training and in evaluation.
-
-    Args:
-      path: of the PNG.
-      title: of the figure.
-      runs: by name.
-      metrics: the names, without ``eval_``, that get a panel next to the loss.
-    """
+    """Draws loss and metrics against the step, in training and in evaluation."""
     for axes, name, run, lines, color in _panels(path, title, ["loss", *metrics], runs):
         steps, values = _shared_points([lines], name)
         if steps:
@@ -42,16 +35,10 @@ def plot_curves(
 def plot_bands(
     path: Path, title: str, groups: Mapping[str, Sequence[_Run]], metrics: Sequence[str]
 ) -> None:
-    """Draws the mean over seeds ± one standard deviation of what evaluations found.
+    """Draws the mean over seeds ± one standard deviation of each evaluation.
 
-    Means of the same names in training are dashed, without a band.
-
-    Args:
-      path: of the PNG.
-      title: of the figure.
-      groups: by optimizer the runs, one per seed. Those without evaluations are left
-        out; the others count at the steps they share.
-      metrics: the names, without ``eval_``, that get a panel.
+    Runs, by optimizer, count at the steps they share; those without evaluations are
+    left out. Means in training are dashed, without a band.
     """
     for axes, name, group, runs, color in _panels(path, title, metrics, groups):
         steps, values = _shared_points(runs, name)

@@ -25,20 +25,13 @@ _NO_SPAN = Span("", 0.0, 0.0)
 
 
 class Answer(NamedTuple):
-    """What a model answers to a question.
+    """What a model answers to a question."""
 
-    Attributes:
-      text: the answer; empty for none.
-      best_text: the answer if there has to be one.
-      null_odds: by how much the score of no answer exceeds that of ``best_text``;
-        ``None`` if every question has an answer.
-      n_best: the best answers with ``text``, ``probability``, ``start_logit`` and
-        ``end_logit``, falling.
-    """
-
-    text: str
-    best_text: str
+    text: str  # Empty for no answer.
+    best_text: str  # The answer if there has to be one.
+    # The score of no answer less that of `best_text`; None if all have answers.
     null_odds: float | None
+    # `text`, `probability`, `start_logit` and `end_logit` of the best, falling.
     n_best: list[dict[str, Any]]
 
 
@@ -63,8 +56,8 @@ def find_answers(
       chunks: of the questions.
       start_logits: shape ``(tokens,)``, as the chunks' tokens.
       end_logits: likewise.
-      n_best_size: answers to list per question at most.
-      max_answer_length: tokens of a span at most.
+      n_best_size: maximum of answers to list per question.
+      max_answer_length: maximum of tokens in an answer.
       null_threshold: the odds above which a question is left unanswered; ``None`` if
         every question has an answer.
     """

@@ -6,17 +6,11 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
-from bert_finetune.data.features import (
-    TOKEN_COLUMNS,
-    Features,
-    features_of,
-    map_cached,
-    ragged,
-)
+from bert_finetune.data import features as tokenized
 from bert_finetune.errors import UserError
 
 _COLUMNS = {
-    **TOKEN_COLUMNS,
+    **tokenized.TOKEN_COLUMNS,
     "question": datasets.Value("int32"),
     "first_chars": datasets.List(datasets.Value("int32")),
     "end_chars": datasets.List(datasets.Value("int32")),
@@ -24,20 +18,12 @@ _COLUMNS = {
 
 
 class Chunks(NamedTuple):
-    """Tokenized questions, each with a chunk of its context.
+    """Tokenized questions, each with a chunk of its context; arrays are int32."""
 
-    Attributes:
-      features: an example is a question with a chunk; a question's stand together.
-      questions: int32, shape ``(chunks,)``, rising: whose chunk it is.
-      first_chars: int32, shape ``(tokens,)``: where in the context each token begins,
-        -1 for the tokens that are not of the context.
-      end_chars: likewise, behind its last character.
-    """
-
-    features: Features
-    questions: np.ndarray
-    first_chars: np.ndarray
-    end_chars: np.ndarray
+    features: tokenized.Features  # An example is a question with a chunk.
+    questions: np.ndarray  # (chunks,), rising: whose chunk it is.
+    first_chars: np.ndarray  # (tokens,): where in the context it begins, -1 outside.
+    end_chars: np.ndarray  # Likewise, behind its last character.
 
 
 def cut(
@@ -51,16 +37,8 @@ def cut(
     """Tokenizes questions with their contexts, long ones in overlapping chunks.
 
     A question so long that no chunk would get further than the one before is cut off.
-
-    Args:
-      dataset: holds ``question`` and ``context``.
-      tokenizer: the model's.
-      max_length: tokens of a question with a chunk, special tokens included.
-      stride: tokens of the context that a chunk shares with the one before.
-      overwrite_cache: tokenize also what is cached.
-
-    Raises:
-      UserError: if there is no room for a question and a new token of its context.
+    ``max_length`` includes question and special tokens; ``stride`` tokens of a chunk
+    are in the chunk before too.
     """
     room = max_length - stride - tokenizer.num_special_tokens_to_add(pair=True) - 1
     if room < 1:
@@ -80,21 +58,21 @@ def cut(
             return_overflowing_tokens=True,
         )
         return {
-            **{name: encoded[name] for name in TOKEN_COLUMNS},
+            **{name: encoded[name] for name in tokenized.TOKEN_COLUMNS},
             "question": [rows[i] for i in encoded["overflow_to_sample_mapping"]],
             "first_chars": [_context_chars(chunk, 0) for chunk in encoded.encodings],
             "end_chars": [_context_chars(chunk, 1) for chunk in encoded.encodings],
         }
 
     key = ("chunks", max_length, stride)
-    cut_up = map_cached(
+    cut_up = tokenized.map_cached(
         dataset, encode, _COLUMNS, tokenizer, key, overwrite_cache=overwrite_cache
     )
     return Chunks(
-        features_of(cut_up, tokenizer, {}),
+        tokenized.features_of(cut_up, tokenizer, {}),
         cut_up.data.column("question").to_numpy(),
-        ragged(cut_up, "first_chars")[0],
-        ragged(cut_up, "end_chars")[0],
+        tokenized.ragged(cut_up, "first_chars")[0],
+        tokenized.ragged(cut_up, "end_chars")[0],
     )
 
 
@@ -119,13 +97,7 @@ def answer_positions(
 
     They are the narrowest that hold it; both are the first token of the chunk, [CLS],
     where the answer is not in this chunk as a whole, or where there is none.
-
-    Args:
-      chunks: of the questions.
-      answers: of each question the characters of its context, first and end.
-
-    Returns:
-      ``start_positions`` and ``end_positions``, int32, shape ``(chunks,)``.
+    ``answers`` are the first and the end character in the context of each question.
     """
     positions = np.zeros((2, len(chunks.questions)), np.int32)
     starts = chunks.features.starts

@@ -41,12 +41,7 @@ def f1(answer: str, prediction: str) -> float:
 def squad_metrics(
     answers: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """Returns the metrics of version 1.1, in percent.
-
-    Args:
-      answers: to each question, at least one; the best counts.
-      predictions: the answer of the model to each question.
-    """
+    """Returns the metrics of version 1.1, in percent, of the best of each answer."""
     return {
         name: 100 * float(np.mean(_best_scores(score, answers, predictions)))
         for name, score in {"exact_match": exact_match, "f1": f1}.items()

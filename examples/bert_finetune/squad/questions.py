@@ -1,6 +1,7 @@
 """Questions about texts, in the form of SQuAD: loading and checking them."""
 
 import collections
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,13 +25,10 @@ def full_name(name: str) -> str:
 
 
 class Questions(NamedTuple):
-    """The questions of a split.
+    """The questions of a split: columns id, question, context and answers.
 
-    Attributes:
-      dataset: ``id``, ``question``, ``context`` and, but for a test split, ``answers``,
-        each a mapping of the lists ``text`` and ``answer_start``.
-      spans: for training, where in its context each answer begins and ends, ``None``
-        for a question without one; otherwise empty.
+    For training, ``spans`` says where in its context each answer begins and ends, or
+    ``None`` for a question without one; otherwise it is empty.
     """
 
     dataset: datasets.Dataset
@@ -42,17 +40,10 @@ class Questions(NamedTuple):
 
 
 def load_split(args: QaArguments, split: str, max_samples: int | None) -> Questions:
-    """Loads the questions of a split and checks them.
+    """Loads the first questions of a split and checks them.
 
-    What cannot be trained on is named, counted and left out. In evaluation nothing is.
-
-    Args:
-      args: the flags, which say where they are.
-      split: ``train``, ``validation`` or ``test``; the last needs no answers.
-      max_samples: keep the first questions only.
-
-    Raises:
-      UserError: if there is no such split, or it cannot be used.
+    Questions that cannot be trained on are reported and left out of the training split.
+    The test split needs no answers.
     """
     file: str | None = getattr(args, f"{split}_file")
     if file is not None:
@@ -97,11 +88,8 @@ def _check_answers(dataset: datasets.Dataset, where: str, with_negative: bool) -
 def _are_answers(answers: Any) -> bool:
     match answers:
         case {"text": [*texts], "answer_start": [*starts]}:
-            return (
-                len(texts) == len(starts)
-                and all(isinstance(text, str) for text in texts)
-                and all(isinstance(start, int) for start in starts)
-            )
+            pairs = itertools.zip_longest(texts, starts)
+            return all(isinstance(t, str) and isinstance(s, int) for t, s in pairs)
     return False
 
 
@@ -131,11 +119,8 @@ def _trainable(dataset: datasets.Dataset, where: str) -> Questions:
 def _report(ids: list[str], dataset: Any, where: str, what: str) -> None:
     if ids:
         examples = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
-        print(
-            f"warning: {len(ids)} of {len(dataset)} questions of {where} {what} "
-            f"({examples}).",
-            file=sys.stderr,
-        )
+        count = f"{len(ids)} of {len(dataset)} questions of {where}"
+        print(f"warning: {count} {what} ({examples}).", file=sys.stderr)
 
 
 def _load_file(path: str) -> datasets.Dataset:
@@ -158,10 +143,8 @@ def _load_file(path: str) -> datasets.Dataset:
         try:
             rows += _questions_of(article)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"entry {number} of 'data' in {path} is not in the form of SQuAD: "
-                f"{type(error).__name__}: {error}."
-            ) from error
+            what = f"entry {number} of 'data' in {path} is not in the form of SQuAD"
+            raise UserError(f"{what}: {type(error).__name__}: {error}.") from error
     if not rows:
         raise UserError(f"{path} is empty.")
     try:
@@ -177,12 +160,9 @@ def _questions_of(article: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         return
     for paragraph in article["paragraphs"]:
         for question in paragraph["qas"]:
-            answers = question.get("answers")
+            answers, names = question.get("answers"), ("text", "answer_start")
             if answers is not None:
-                answers = {
-                    name: [answer[name] for answer in answers]
-                    for name in ("text", "answer_start")
-                }
+                answers = {name: [answer[name] for answer in answers] for name in names}
             yield _row(question, paragraph["context"], answers)
 
 

@@ -1,9 +1,8 @@
 """The task of run_qa: questions about texts."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +30,7 @@ _GROUPS = ["HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1"]
 
 
 class QuestionAnswering:
-    """A model that finds answers, with its data; implements `training.task.Task`.
-
-    Args:
-      args: the flags.
-
-    Raises:
-      UserError: for a model, files or data that cannot be used.
-    """
+    """A model that finds answers, with its data; implements `training.task.Task`."""
 
     def __init__(self, args: QaArguments):
         directory = hub.resolve_model(args.model_name_or_path)
@@ -50,7 +42,7 @@ class QuestionAnswering:
             model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
         )
         self.loss = losses.span_loss(apply)
-        self._span_step = make_span_step(apply)
+        self._span_logits = jax.jit(losses.span_logits(apply))
         if args.do_train:
             self._train = load_split(args, "train", args.max_train_samples)
         if args.do_eval:
@@ -133,16 +125,14 @@ class QuestionAnswering:
         for batch in prefetch(eval_batches(chunks.features, batch_size, lengths)):
             is_row = batch["weights"][:, None] == 1
             is_token.append((batch["attention_mask"] == 1) & is_row)
-            outputs.append(self._span_step(params, batch))
+            outputs.append(self._span_logits(params, batch))
         # Of all tokens, in the order of the chunks.
         logits = [
             np.concatenate([p[m] for p, m in zip(parts, is_token, strict=True)])
             for parts in zip(*jax.device_get(outputs), strict=True)
         ]
         if not np.all(np.isfinite(logits)):
-            raise UserError(
-                "the logits of the model are not finite: it finds no answers."
-            )
+            raise UserError("the logits of the model are not finite: it is of no use.")
         threshold = args.null_score_diff_threshold
         return find_answers(
             questions.dataset["context"][:],
@@ -166,13 +156,3 @@ class QuestionAnswering:
         for name, values in contents.items():
             path = Path(self.args.output_dir, f"{prefix}{name}.json")
             write_json(path, dict(zip(questions.dataset["id"], values, strict=True)))
-
-
-def make_span_step(apply: bert.Apply) -> Callable[..., Any]:
-    """Returns the jitted ``(params, batch) -> (start_logits, end_logits)``."""
-
-    @jax.jit
-    def span_step(params, batch):
-        return jax.tree.map(losses.full_precision, apply(params, batch, None))
-
-    return span_step

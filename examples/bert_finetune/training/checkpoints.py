@@ -35,10 +35,7 @@ class _Names(ocp.path.step.NameFormat):
                 yield ocp.path.step.Metadata(int(match[1]), epath.Path(path))
 
     def find_step(self, base_path: Any, step: int) -> ocp.path.step.Metadata:
-        for found in self.find_all(base_path):
-            if found.step == step:
-                return found
-        raise ValueError(f"{base_path} has no {self.build_name(step)}.")
+        return next(found for found in self.find_all(base_path) if found.step == step)
 
 
 def step_of(path: Path) -> int | None:
@@ -56,38 +53,25 @@ def open_manager(
 ) -> ocp.CheckpointManager:
     """Opens the checkpoints of a directory.
 
-    Args:
-      directory: that holds them.
-      limit: newest checkpoints to keep.
-      best_metric: the result by which one more is kept, the best; lower is better for
-        losses.
-      read_only: whether they stay as they are.
+    It keeps the newest ``limit``, and the best by ``best_metric``: the lowest if that
+    is a loss, otherwise the highest.
     """
     policies: Any = ocp.checkpoint_managers
     keep = [policies.LatestN(limit)]
-    best_fn, lowest = None, False
-    if best_metric is not None:
-        lowest = best_metric.endswith("loss")
-        worst = math.inf if lowest else -math.inf
+    lowest = best_metric is not None and best_metric.endswith("loss")
+    worst = math.inf if lowest else -math.inf
 
+    def best_fn(results: Mapping[str, float]) -> float:
         # Results that are not finite are not saved.
-        def result_of(results: Mapping[str, float]) -> float:
-            return results.get(best_metric, worst)
+        return results.get(best_metric or "", worst)
 
-        best_fn = result_of
-
-        keep.append(
-            policies.BestN(
-                get_metric_fn=best_fn,
-                reverse=lowest,
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
+    if best_metric is not None:
+        others: dict[str, Any] = {"n": 1, "keep_checkpoints_without_metrics": False}
+        keep.append(policies.BestN(get_metric_fn=best_fn, reverse=lowest, **others))
     options = ocp.CheckpointManagerOptions(
         step_name_format=_Names(),
         preservation_policy=policies.AnyPreservationPolicy(keep),
-        best_fn=best_fn,
+        best_fn=best_fn if best_metric is not None else None,
         best_mode="min" if lowest else "max",
         cleanup_tmp_directories=not read_only,
         # An error shows in `save`, which the loop survives.
@@ -105,19 +89,14 @@ def save(
     state: TrainState,
     loop_state: Mapping[str, Any],
     results: Mapping[str, float],
-    save_model: Callable[[Path], None],
     *,
     with_window: bool,
 ) -> Path:
-    """Writes `checkpoint-STEP` atomically, then the model into it; returns its path.
+    """Writes `checkpoint-STEP` atomically; returns its path.
 
-    Args:
-      manager: from :func:`open_manager`.
-      state: its ``step`` names the directory.
-      loop_state: JSON.
-      results: of an evaluation at this step; empty without one.
-      save_model: writes the model into a directory.
-      with_window: whether M-FAC's gradients and their Gram matrix are kept.
+    ``loop_state`` is what the loop needs to resume, as JSON; ``results`` are those of
+    an evaluation at this step. ``with_window`` keeps M-FAC's gradients and their Gram
+    matrix.
     """
     step = int(state.step)
     has_window = with_window or not window_nbytes(state)
@@ -132,9 +111,7 @@ def save(
         metrics=finite or None,
         force=True,
     )
-    path = Path(manager.directory, f"checkpoint-{step}")
-    save_model(path)
-    return path
+    return Path(manager.directory, f"checkpoint-{step}")
 
 
 def read_loop_state(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -147,23 +124,16 @@ def read_state(
     manager: ocp.CheckpointManager,
     step: int,
     init_state: Callable[[], TrainState],
-    *,
     has_window: bool,
 ) -> TrainState:
-    """Reads the state of a checkpoint.
+    """Reads the state of a checkpoint, which has the shapes of the initial state.
 
-    Args:
-      manager: from :func:`open_manager`.
-      step: of the checkpoint.
-      init_state: makes the state before the first step, whose shapes it must have.
-      has_window: from the loop state. Without its window M-FAC starts with an empty
-        one.
+    Without its window (``has_window``, from the loop state) M-FAC starts with an empty
+    one.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(init_state),
-    )
+    shapes = jax.eval_shape(init_state)
+    shapes = jax.tree.map(lambda x: x.update(sharding=device), shapes)
     if not has_window:
         shapes = mfac_jax.drop_windows(shapes)
     item = ocp.args.StandardRestore(shapes)  # pyright: ignore[reportCallIssue]

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from bert_finetune.arguments import Arguments
 from bert_finetune.data import batches
-from bert_finetune.errors import Interrupted, UserError
+from bert_finetune.errors import Interrupted, UserError, first_line
 from bert_finetune.model import bert, pretrained
 from bert_finetune.reporting.log import Log
 from bert_finetune.training import checkpoints, memory, optimizers, output_dir, steps
@@ -29,14 +29,7 @@ _FIRST_BATCHES = 256
 
 
 class Run(NamedTuple):
-    """A training run.
-
-    Attributes:
-      task: what to train, on what.
-      train_data: the batches.
-      first_batches: a few of these.
-      optimizer: with its schedule.
-    """
+    """A training run before its first step."""
 
     task: Task
     train_data: batches.TrainData
@@ -44,30 +37,8 @@ class Run(NamedTuple):
     optimizer: optimizers.Optimizer
 
 
-class Trained(NamedTuple):
-    """The outcome of a training run.
-
-    Attributes:
-      params: the last ones, or the best.
-      train_results: under Hugging Face's keys.
-      eval_results: likewise; empty without an evaluation.
-    """
-
-    params: bert.Params
-    train_results: dict[str, float]
-    eval_results: dict[str, float]
-
-
 def prepare(task: Task, hyperparams: dict[str, Any]) -> Run:
-    """Tokenizes the training data and builds the optimizer.
-
-    Args:
-      task: of the flags.
-      hyperparams: from :func:`optimizers.parse_hyperparams`.
-
-    Raises:
-      UserError: for data or an optimizer that cannot be used.
-    """
+    """Tokenizes the training data and builds the optimizer."""
     args = task.args
     features = task.train_features()
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -75,27 +46,24 @@ def prepare(task: Task, hyperparams: dict[str, Any]) -> Run:
     if num_steps < 0:
         steps_per_epoch = math.ceil(features.num_examples / batch_size)
         num_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
-    train_data = batches.TrainData(
-        features, batch_size, num_steps, padded_lengths(args), args.seed
-    )
+    lengths, params = padded_lengths(args), task.model.params
+    train_data = batches.TrainData(features, batch_size, num_steps, lengths, args.seed)
     first = list(itertools.islice(batches.train_batches(train_data), _FIRST_BATCHES))
-    max_rows = bert.touched_rows(
-        batches.max_distinct_tokens(train_data, first), train_data.max_length
-    )
-    params = task.model.params
-    optimizer = optimizers.make_optimizer(
-        args, hyperparams, num_steps, max_rows, params
-    )
+    max_tokens = batches.max_distinct_tokens(train_data, first)
+    rows = bert.touched_rows(max_tokens, train_data.max_length)
+    optimizer = optimizers.make_optimizer(args, hyperparams, num_steps, rows, params)
     memory.check_memory(optimizer, params)
     return Run(task, train_data, first, optimizer)
 
 
-def train(run: Run, directory: Path) -> Trained:
+def train(
+    run: Run, directory: Path
+) -> tuple[bert.Params, dict[str, float], dict[str, float]]:
     """Trains, from the start or from a checkpoint, and saves the model.
 
-    Args:
-      run: from :func:`prepare`.
-      directory: where everything is written.
+    Returns:
+      The last parameters, or the best; the results of training; those of evaluation,
+      empty without one.
 
     Raises:
       Interrupted: after SIGINT or SIGTERM; a checkpoint has been written.
@@ -105,11 +73,11 @@ def train(run: Run, directory: Path) -> Trained:
     init_state = functools.partial(
         steps.init_state, run.task.model.params, run.optimizer.transformation, args.seed
     )
-    metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    best = None
+    if args.load_best_model_at_end:
+        best = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
     with checkpoints.open_manager(
-        directory,
-        limit=args.save_total_limit,
-        best_metric=metric if args.load_best_model_at_end else None,
+        directory, limit=args.save_total_limit, best_metric=best
     ) as manager:
         state, saved = _resume(run, manager, init_state)
         _describe(run, state)
@@ -123,18 +91,15 @@ def train(run: Run, directory: Path) -> Trained:
             args.report_to == "tensorboard",
             saved.get("log", {}),
         ) as log:
-            try:
-                state, seconds = _take_steps(run, manager, state, log, saved)
-            except steps.Diverged as error:
-                raise UserError(f"{error}{_last_good(manager)}") from error
+            state, seconds = _take_steps(run, manager, state, log, saved)
             params = state.params
-            if args.load_best_model_at_end:
-                params = _load_best(manager, metric, params)
+            if best is not None:
+                params = _load_best(manager, best, params)
             _save_model(run.task, params, directory)
             results = {}
             if args.do_eval:
                 results = run.task.evaluate(params)
-                if not args.load_best_model_at_end:
+                if best is None:
                     log.evaluation(num_steps, results)
     epoch = {"epoch": num_steps / run.train_data.steps_per_epoch}
     speed = {
@@ -144,12 +109,7 @@ def train(run: Run, directory: Path) -> Trained:
         "train_steps_per_second": num_steps / seconds,
     }
     train_results = {**log.summary(), **epoch, **speed}
-    return Trained(params, train_results, results | epoch if results else {})
-
-
-def _last_good(manager: ocp.CheckpointManager) -> str:
-    step = manager.latest_step()
-    return f" checkpoint-{step} is the last good checkpoint." if step else ""
+    return params, train_results, results | epoch if results else {}
 
 
 def _describe(run: Run, state: steps.TrainState) -> None:
@@ -188,11 +148,11 @@ def _take_steps(
     began = time.perf_counter() - saved.get("seconds", 0.0)
     queue = steps.MetricsQueue(log.step)
     coming = batches.prefetch(batches.train_batches(run.train_data, start))
-    with _stop_signals() as stop_signals:
+    with _named_last_good(manager), _stop_signals() as stop_signals:
         for step, batch in enumerate(coming, start + 1):
             state, metrics = train_step(state, batch)
             queue.put(step, metrics)
-            eval_due, save_due = _is_eval_due(run, step), _is_save_due(run, step)
+            eval_due, save_due = _due(run, step)
             if not (eval_due or save_due or stop_signals):
                 continue
             queue.flush()
@@ -222,25 +182,21 @@ def _compiled_step(run: Run, state: steps.TrainState) -> Callable[..., Any]:
     return steps.compile_ahead(train_step, shapes, run.first_batches)
 
 
-def _is_eval_due(run: Run, step: int) -> bool:
-    args = run.task.args
-    if step == run.train_data.num_steps:
+def _due(run: Run, step: int) -> tuple[bool, bool]:
+    """Returns whether an evaluation and a checkpoint come after a step."""
+    args, data = run.task.args, run.train_data
+
+    def is_due(strategy: str, every: int) -> bool:
+        every = data.steps_per_epoch if strategy == "epoch" else every
+        return strategy != "no" and step % every == 0
+
+    if step == data.num_steps:
         # The last parameters are evaluated after the loop; the best may be others.
-        return args.load_best_model_at_end
-    return _is_due(args.eval_strategy, args.eval_steps or args.logging_steps, step, run)
-
-
-def _is_save_due(run: Run, step: int) -> bool:
-    args, is_last = run.task.args, step == run.train_data.num_steps
-    return _is_due(args.save_strategy, args.save_steps, step, run) or (
-        is_last and args.save_strategy != "no"
+        return args.load_best_model_at_end, args.save_strategy != "no"
+    eval_steps = args.eval_steps or args.logging_steps
+    return is_due(args.eval_strategy, eval_steps), is_due(
+        args.save_strategy, args.save_steps
     )
-
-
-def _is_due(strategy: str, every: int, step: int, run: Run) -> bool:
-    if strategy == "epoch":
-        every = run.train_data.steps_per_epoch
-    return strategy != "no" and step % every == 0
 
 
 def _save_checkpoint(
@@ -251,21 +207,15 @@ def _save_checkpoint(
     seconds: float,
     results: Mapping[str, float],
 ) -> Path | None:
+    saved = {"fingerprint": _fingerprint(run), "log": log.state(), "seconds": seconds}
+    keep = run.task.args.save_window
     try:
-        return checkpoints.save(
-            manager,
-            state,
-            {"fingerprint": _fingerprint(run), "log": log.state(), "seconds": seconds},
-            results,
-            functools.partial(_save_model, run.task, state.params),
-            with_window=run.task.args.save_window,
-        )
+        path = checkpoints.save(manager, state, saved, results, with_window=keep)
+        _save_model(run.task, state.params, path)
+        return path
     except Exception as error:  # A run is worth more than its checkpoint.
-        print(
-            f"warning: checkpoint-{int(state.step)} cannot be written: "
-            f"{type(error).__name__}: {error}",
-            file=sys.stderr,
-        )
+        what = f"checkpoint-{int(state.step)} cannot be written"
+        print(f"warning: {what}: {type(error).__name__}: {error}", file=sys.stderr)
         return None
 
 
@@ -299,9 +249,8 @@ def _resume(
     if found:
         return _restore(run, manager, found, init_state)
     if wanted == "last":
-        raise UserError(
-            f"--resume_from_checkpoint: there is no checkpoint in {manager.directory}."
-        )
+        where = manager.directory
+        raise UserError(f"--resume_from_checkpoint: there is no checkpoint in {where}.")
     return init_state(), {}
 
 
@@ -316,24 +265,20 @@ def _restore(
         try:
             saved = checkpoints.read_loop_state(manager, step)
             _check_same_run(run, saved["fingerprint"], path)
-            state = checkpoints.read_state(
-                manager, step, init_state, has_window=saved["has_window"]
-            )
+            has_window = saved["has_window"]
+            state = checkpoints.read_state(manager, step, init_state, has_window)
         except UserError:
             raise
         except Exception as error:  # Whatever orbax raises for a damaged checkpoint.
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             print(f"{path} cannot be read: {reason} It is skipped.", file=sys.stderr)
             continue
         print(f"Resuming from {path}.")
         # Those after it are written again, and must not count as the newest.
         for later in [other for other in manager.all_steps() if other > step]:
             manager.delete(later)
-        model = path / "model.safetensors"
-        if (
-            path.parent == Path(run.task.args.output_dir).absolute()
-            and not model.exists()
-        ):
+        is_own = path.parent == Path(run.task.args.output_dir).absolute()
+        if is_own and not (path / "model.safetensors").exists():
             _save_model(run.task, state.params, path)  # The run was killed before this.
         if not saved["has_window"]:
             print("It holds no window: M-FAC starts with an empty one.")
@@ -382,6 +327,19 @@ def _load_best(
 
 def _save_model(task: Task, params: bert.Params, directory: Path) -> None:
     pretrained.save_pretrained(directory, task.model._replace(params=params))
+
+
+@contextlib.contextmanager
+def _named_last_good(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Tells of the last good checkpoint when training diverges."""
+    try:
+        yield
+    except steps.Diverged as error:
+        step = manager.latest_step()
+        if step is None:
+            raise
+        good = f"checkpoint-{step} is the last good checkpoint."
+        raise UserError(f"{error} {good}") from error
 
 
 @contextlib.contextmanager

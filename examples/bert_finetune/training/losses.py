@@ -1,6 +1,7 @@
 """Training losses: the mean over the rows of a batch whose weight is 1."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +15,45 @@ LossFn = Callable[
 ]
 
 
-def classification_loss(apply: bert.Apply) -> LossFn:
-    """Returns the cross-entropy, and the accuracy next to it."""
+def label_scores(apply: bert.Apply, *, is_regression: bool = False) -> Any:
+    """Returns ``(params, batch, dropout_key) -> (losses, predictions)``, by row.
+
+    Losses are cross-entropies, or squared errors of a regression.
+    """
+
+    def scores(params, batch, dropout_key=None):
+        logits, labels = apply(params, batch, dropout_key), batch["labels"]
+        logits = full_precision(logits)
+        if is_regression:
+            return jnp.square(logits[:, 0] - labels), logits[:, 0]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses, jnp.argmax(logits, axis=-1)
+
+    return scores
+
+
+def label_loss(apply: bert.Apply, *, is_regression: bool = False) -> LossFn:
+    """Returns the mean of :func:`label_scores`, with the accuracy of a classifier."""
+    scores = label_scores(apply, is_regression=is_regression)
 
     def loss_fn(params, batch, dropout_key):
-        logits = full_precision(apply(params, batch, dropout_key))
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["labels"]
-        )
-        correct = jnp.argmax(logits, axis=-1) == batch["labels"]
-        return weighted_mean(losses, batch), {"accuracy": weighted_mean(correct, batch)}
+        losses, predictions = scores(params, batch, dropout_key)
+        loss = weighted_mean(losses, batch)
+        if is_regression:
+            return loss, {}
+        correct = predictions == batch["labels"]
+        return loss, {"accuracy": weighted_mean(correct, batch)}
 
     return loss_fn
 
 
-def regression_loss(apply: bert.Apply) -> LossFn:
-    """Returns the squared error."""
+def span_logits(apply: bert.Apply) -> Any:
+    """Returns ``(params, batch, dropout_key) -> (start_logits, end_logits)``."""
 
-    def loss_fn(params, batch, dropout_key):
-        predictions = full_precision(apply(params, batch, dropout_key))[:, 0]
-        return weighted_mean(jnp.square(predictions - batch["labels"]), batch), {}
+    def logits(params, batch, dropout_key=None):
+        return jax.tree.map(full_precision, apply(params, batch, dropout_key))
 
-    return loss_fn
+    return logits
 
 
 def span_loss(apply: bert.Apply) -> LossFn:
@@ -46,13 +64,12 @@ def span_loss(apply: bert.Apply) -> LossFn:
 
     def loss_fn(params, batch, dropout_key):
         def loss_of(logits, positions):
-            logits = full_precision(logits)
             lowest = jnp.finfo(logits.dtype).min
             return optax.softmax_cross_entropy_with_integer_labels(
                 jnp.where(batch["attention_mask"] == 1, logits, lowest), positions
             )
 
-        start_logits, end_logits = apply(params, batch, dropout_key)
+        start_logits, end_logits = span_logits(apply)(params, batch, dropout_key)
         start_losses = loss_of(start_logits, batch["start_positions"])
         end_losses = loss_of(end_logits, batch["end_positions"])
         return weighted_mean((start_losses + end_losses) / 2, batch), {}

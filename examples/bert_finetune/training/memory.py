@@ -25,11 +25,7 @@ def nbytes(tree: Any) -> int:
 
 
 def check_memory(optimizer: Optimizer, params: Any) -> None:
-    """Checks that the optimizer's state fits, before anything is allocated.
-
-    Raises:
-      UserError: with the size of the state, the memory there is, and what would fit.
-    """
+    """Raises a UserError unless the optimizer's state fits; allocates nothing."""
     shapes = jax.eval_shape(optimizer.transformation.init, params)
     state, working = nbytes(shapes), _WORKING_COPIES * nbytes(params)
     available = available_memory()
@@ -40,8 +36,7 @@ def check_memory(optimizer: Optimizer, params: Any) -> None:
         f"to it about {working / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory "
         "are available."
     )
-    num_grads = optimizer.hyperparams.get("num_grads")
-    if num_grads is not None:
+    if num_grads := optimizer.hyperparams.get("num_grads"):
         window = mfac_jax.window_nbytes(shapes)
         # Less one gradient: a top-k window also keeps an error of that size.
         for_window = available - working - (state - window) - nbytes(params)

@@ -58,10 +58,7 @@ def _find(optim: str, others: Sequence[str]) -> Callable[..., Any]:
 
 
 def _defaults(alias: Callable[..., Any]) -> dict[str, Any]:
-    """Returns what an optimizer takes from `--optim_args`, as JSON has it.
-
-    Functions and other transformations are left out; they keep their defaults.
-    """
+    """Returns the defaults that JSON can express; the others cannot be changed."""
     defaults = {}
     for name, parameter in inspect.signature(alias).parameters.items():
         if name in ("learning_rate", *_MASKS):
@@ -76,16 +73,10 @@ def _defaults(alias: Callable[..., Any]) -> dict[str, Any]:
 
 
 def defaults(args: Arguments, others: Sequence[str]) -> dict[str, Any]:
-    """Returns the hyper-parameters of the optimizer that `--optim` names.
+    """Returns the hyper-parameters of `--optim`, or :data:`REQUIRED` for each.
 
-    Those without a default are :data:`REQUIRED`.
-
-    Args:
-      args: the flags.
-      others: names that `--optim` may have as well.
-
-    Raises:
-      UserError: for an unknown optimizer, or a weight decay that it does not have.
+    ``others`` are names that `--optim` may have as well. Raises a UserError for an
+    unknown optimizer, or a weight decay that it does not have.
     """
     values = _defaults(_find(args.optim, others))
     decays = [decay for decay in _DECAYS if decay in values]
@@ -121,16 +112,10 @@ def make_optimizer(
     hyperparams: Mapping[str, Any],
     params: Any,
 ) -> optax.GradientTransformation:
-    """Builds an optimizer and traces one update of it.
+    """Builds an optimizer.
 
-    Args:
-      optim: its name.
-      schedule: from the peak of the learning rate to its schedule.
-      hyperparams: from :func:`parse_hyperparams`.
-      params: of the model, or their shapes.
-
-    Raises:
-      UserError: if it cannot train these parameters, or cannot be saved.
+    Traces one update; raises a UserError if it cannot train these parameters, or cannot
+    be saved. ``schedule`` maps the peak of the learning rate to its schedule.
     """
     alias = _find(optim, [])
     masks = inspect.signature(alias).parameters.keys() & set(_MASKS)
@@ -142,15 +127,13 @@ def make_optimizer(
         return optimizer.update(params, state, params)
 
     try:
-        optimizer = alias(
-            learning_rate, **values, **dict.fromkeys(masks, bert.decay_mask)
-        )
+        values |= dict.fromkeys(masks, bert.decay_mask)
+        optimizer = alias(learning_rate, **values)
         updates, state = jax.eval_shape(update, params)
         if not all(leaf.size for leaf in jax.tree.leaves(state)):
             raise ValueError("checkpoints cannot hold the empty arrays of its state")
-        if [u.shape for u in jax.tree.leaves(updates)] != [
-            p.shape for p in jax.tree.leaves(params)
-        ]:
+        trees = jax.tree.leaves(updates), jax.tree.leaves(params)
+        if [x.shape for x in trees[0]] != [x.shape for x in trees[1]]:
             raise ValueError("its updates have other shapes than the parameters")
     except Exception as error:  # Whatever any optimizer of any version may raise.
         raise UserError(

@@ -43,56 +43,41 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
-
-
-def _is_at_least_0(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < math.inf
-
-
-_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": ("a finite number of at least 0", _is_at_least_0),
-    "num_grads": (
-        "an integer of at least 1",
-        lambda value: type(value) is int and value >= 1,
-    ),
-    "damp": ("a positive number", lambda value: _is_at_least_0(value) and value > 0),
-    "momentum": ("a number in [0, 1)", _is_share),
-    "window": (f"one of {', '.join(_WINDOWS)}", lambda value: value in [*_WINDOWS]),
-    "word_lr": (
-        "null or a finite number of at least 0",
-        lambda value: value is None or _is_at_least_0(value),
-    ),
-    "b1": ("a number in [0, 1)", _is_share),
-    "b2": ("a number in [0, 1)", _is_share),
-    "eps": ("a finite number of at least 0", _is_at_least_0),
-    "weight_decay": ("a finite number of at least 0", _is_at_least_0),
+# What a value must be, and whether it is.
+_Expected = tuple[str, Callable[[Any], bool]]
+_SHARE: _Expected = ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
+_AT_LEAST_0: _Expected = (
+    "a finite number of at least 0",
+    lambda x: _is_number(x) and 0 <= x < math.inf,
+)
+_EXPECTED: dict[str, _Expected] = {
+    "lr": _AT_LEAST_0,
+    "num_grads": ("an integer of at least 1", lambda x: type(x) is int and x >= 1),
+    "damp": ("a positive number", lambda x: _is_number(x) and 0 < x < math.inf),
+    "momentum": _SHARE,
+    "window": (f"one of {', '.join(_WINDOWS)}", lambda x: x in [*_WINDOWS]),
+    "word_lr": (f"null or {_AT_LEAST_0[0]}", lambda x: x is None or _AT_LEAST_0[1](x)),
+    "b1": _SHARE,
+    "b2": _SHARE,
+    "eps": _AT_LEAST_0,
+    "weight_decay": _AT_LEAST_0,
 }
 
 
 class Optimizer(NamedTuple):
-    """An optimizer ready for the train step.
+    """An optimizer ready for the train step."""
 
-    Attributes:
-      name: as given to `--optim`.
-      hyperparams: every hyper-parameter with its value.
-      schedule: learning rate by step.
-      transformation: clipping followed by the optimizer.
-    """
-
-    name: str
+    name: str  # As given to `--optim`.
     hyperparams: dict[str, Any]
-    schedule: optax.Schedule
-    transformation: optax.GradientTransformation
+    schedule: optax.Schedule  # Of the learning rate.
+    transformation: optax.GradientTransformation  # With clipping.
 
 
 def parse_hyperparams(args: Arguments) -> dict[str, Any]:
     """Returns every hyper-parameter of the optimizer that the flags describe.
 
-    Raises:
-      UserError: for an unknown optimizer or hyper-parameter, malformed JSON, or a value
-        out of range.
+    Raises a UserError for an unknown optimizer or hyper-parameter, malformed JSON, or a
+    value out of range.
     """
     is_ours = args.optim in _DEFAULTS
     defaults: dict[str, Any] = {"lr": args.learning_rate}
@@ -103,15 +88,10 @@ def parse_hyperparams(args: Arguments) -> dict[str, Any]:
     given = _parse_json(args.optim_args)
     for name, value in given.items():
         if name not in defaults:
-            raise UserError(
-                f"--optim_args has the unknown key {name!r}; {args.optim} knows "
-                f"{', '.join(defaults)}."
-            )
-        expected, fits = (
-            _EXPECTED[name]
-            if is_ours or name == "lr"
-            else optax_optimizers.expected(defaults[name])
-        )
+            known = f"{args.optim} knows {', '.join(defaults)}"
+            raise UserError(f"--optim_args has the unknown key {name!r}; {known}.")
+        known = _EXPECTED[name] if is_ours or name == "lr" else None
+        expected, fits = known or optax_optimizers.expected(defaults[name])
         if not fits(value):
             raise UserError(
                 f"{name} in --optim_args must be {expected}, got {value!r}."
@@ -119,9 +99,8 @@ def parse_hyperparams(args: Arguments) -> dict[str, Any]:
     hyperparams = defaults | given
     missing = [k for k, v in hyperparams.items() if v is optax_optimizers.REQUIRED]
     if missing:
-        raise UserError(
-            f"--optim {args.optim} needs {', '.join(missing)} in --optim_args."
-        )
+        names = ", ".join(missing)
+        raise UserError(f"--optim {args.optim} needs {names} in --optim_args.")
     window = hyperparams.get("window")
     if window is not None and hyperparams["weight_decay"] > 0 and _WINDOWS[window][0]:
         raise UserError(
@@ -138,10 +117,8 @@ def _parse_json(optim_args: str | None) -> dict[str, Any]:
     try:
         given = json.loads(optim_args)
     except ValueError as error:
-        raise UserError(
-            f"--optim_args is not valid JSON ({error}): {optim_args!r}. "
-            "Example: '{\"lr\": 1e-4}'."
-        ) from error
+        what = f"--optim_args is not valid JSON ({error}): {optim_args!r}"
+        raise UserError(f"{what}. Example: '{{\"lr\": 1e-4}}'.") from error
     if not isinstance(given, dict):
         raise UserError(f"--optim_args must be a JSON object, got {optim_args!r}.")
     return given
@@ -154,31 +131,22 @@ def make_optimizer(
     max_rows: Mapping[str, int],
     params: Any,
 ) -> Optimizer:
-    """Builds the optimizer.
+    """Builds the optimizer for these parameters, or their shapes.
 
-    Args:
-      args: the flags.
-      hyperparams: from :func:`parse_hyperparams`.
-      num_steps: over which the learning rate decays.
-      max_rows: by name of an embedding table, the rows for which a batch has a
-        gradient; row-sparse windows hold as many.
-      params: of the model, or their shapes.
-
-    Raises:
-      UserError: for an optimizer of Optax that cannot train these parameters.
+    ``max_rows`` are the rows of each embedding table that a row-sparse window holds.
     """
 
     def schedule(peak: float) -> optax.Schedule:
         return make_schedule(args, peak, num_steps)
 
-    if args.optim == "MFAC":
+    name = args.optim
+    if name == "MFAC":
         optimizer = _mfac(schedule, hyperparams, max_rows)
-    elif args.optim == "adamw":
+    elif name == "adamw":
         optimizer = _adamw(schedule, hyperparams)
     else:
-        optimizer = optax_optimizers.make_optimizer(
-            args.optim, schedule, hyperparams, params
-        )
+        make = optax_optimizers.make_optimizer
+        optimizer = make(name, schedule, hyperparams, params)
     if hyperparams.get("word_lr") is not None:
         words = {**_DEFAULTS["adamw"], **hyperparams, "lr": hyperparams["word_lr"]}
         optimizer = optax.partition(
@@ -187,7 +155,7 @@ def make_optimizer(
     if args.max_grad_norm:
         clip = optax.clip_by_global_norm(args.max_grad_norm)
         optimizer = optax.chain(clip, optimizer)
-    return Optimizer(args.optim, hyperparams, schedule(hyperparams["lr"]), optimizer)
+    return Optimizer(name, hyperparams, schedule(hyperparams["lr"]), optimizer)
 
 
 def _mfac(

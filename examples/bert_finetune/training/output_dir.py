@@ -25,9 +25,8 @@ _RESULTS = (
 def locked(args: Arguments) -> Iterator[Path]:
     """Makes the output directory and keeps other runs out of it.
 
-    Raises:
-      UserError: if it cannot be written, another run is using it, or training would mix
-        with its contents.
+    Raises a UserError if it cannot be written, another run is using it, or training
+    would mix with its contents.
     """
     directory = Path(args.output_dir)
     try:
@@ -35,24 +34,20 @@ def locked(args: Arguments) -> Iterator[Path]:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise UserError(
-            f"--output_dir {directory} cannot be written: {error.strerror}."
-        ) from error
+        what = f"--output_dir {directory} cannot be written"
+        raise UserError(f"{what}: {error.strerror}.") from error
     if args.do_train:
         _check_contents(args, directory)
-    # The system releases it when the process ends, however that happens.
-    lock = filelock.FileLock(directory / _LOCK)
     try:
-        lock.acquire(blocking=False)
+        # The system releases it when the process ends, however that happens.
+        lock = filelock.FileLock(directory / _LOCK).acquire(blocking=False)
     except filelock.Timeout as error:
         raise UserError(
             f"another run is using --output_dir {directory}: wait for it, or give "
             "another directory."
         ) from error
-    try:
+    with lock:
         yield directory
-    finally:
-        lock.release()
 
 
 def _check_contents(args: Arguments, directory: Path) -> None:

@@ -22,19 +22,12 @@ _MAX_STEPS_IN_FLIGHT = 16
 
 
 class TrainState(NamedTuple):
-    """All that a training step changes.
+    """All that a training step changes."""
 
-    Attributes:
-      step: int32 scalar, steps taken.
-      params: the model's parameters.
-      opt_state: the optimizer's state.
-      dropout_key: of the run; each step folds its number into it.
-    """
-
-    step: jax.Array
+    step: jax.Array  # int32 scalar, steps taken.
     params: bert.Params
     opt_state: optax.OptState
-    dropout_key: jax.Array
+    dropout_key: jax.Array  # Of the run; each step folds its number into it.
 
 
 def init_state(
@@ -58,19 +51,18 @@ def make_train_step(
 ) -> Any:
     """Returns the jitted step ``(state, batch) -> (state, metrics)``; state is donated.
 
-    ``metrics`` are scalars on the device: loss, what the loss function adds, the
-    diagnostics of M-FAC, and the learning rate if ``schedule`` is given. The batch
-    is cut into ``accumulation_steps`` equal parts that go through the model one after
-    the other; loss and gradient are the means over all its examples.
-    (`optax.MultiSteps` would hold a second optimizer state.)
+    ``metrics`` are scalars on the device: loss, what the loss function adds, M-FAC's
+    diagnostics, and the learning rate if ``schedule`` is given. The model sees the
+    batch in ``accumulation_steps`` equal parts, one after the other; loss and gradient
+    are means over all examples. (`optax.MultiSteps` would hold a second optimizer
+    state.)
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def accumulated(params, batch, dropout_key):
         total = jnp.sum(batch["weights"])
-        parts = jax.tree.map(
-            lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), batch
-        )
+        num_parts = accumulation_steps
+        parts = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch)
 
         def add_part(sums, numbered_part):
             i, part = numbered_part
@@ -78,12 +70,10 @@ def make_train_step(
             share = jnp.sum(part["weights"]) / total
             return jax.tree.map(lambda a, b: a + share * b, sums, result), None
 
-        shapes = jax.eval_shape(
-            grad_fn, params, jax.tree.map(lambda x: x[0], parts), dropout_key
-        )
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(grad_fn, params, first, dropout_key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        numbers = jnp.arange(accumulation_steps)
-        return jax.lax.scan(add_part, zeros, (numbers, parts))[0]
+        return jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, batch):
@@ -105,15 +95,9 @@ def make_train_step(
 def compile_ahead(
     train_step: Any, state: Any, batches: Iterable[Mapping[str, np.ndarray]]
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles the step in parallel for the lengths to which some batches are padded.
+    """Returns the step, compiled in parallel for the lengths of these batches.
 
-    Args:
-      train_step: from :func:`make_train_step`.
-      state: of the run, or its shapes.
-      batches: some of the run. The step compiles other lengths when they come.
-
-    Returns:
-      The step.
+    It compiles other lengths when they come. ``state`` may be shapes.
     """
     by_length = {batch["input_ids"].shape[1]: batch for batch in batches}
     lowered = [train_step.lower(state, batch) for batch in by_length.values()]
@@ -137,30 +121,22 @@ class Diverged(UserError):
 
 
 def check_finite(state: TrainState) -> None:
-    """Waits for the state, and checks its parameters.
-
-    Raises:
-      Diverged: if one of them is not finite.
-    """
+    """Waits for the state; raises Diverged if a parameter is not finite."""
     if not _all_finite(state.params):
         raise Diverged(f"parameters are not finite after step {int(state.step)}")
 
 
 @jax.jit
 def _all_finite(params: bert.Params) -> jax.Array:
-    return jnp.all(
-        jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)])
-    )
+    finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), params)
+    return jnp.all(jnp.array(jax.tree.leaves(finite)))
 
 
 class MetricsQueue:
-    """Metrics of dispatched steps, read once the device has them.
+    """Passes the metrics of each step to ``on_metrics`` once the device has them.
 
-    The host runs ahead of the device and never waits for the step at hand: what it
-    reads is a few steps late.
-
-    Args:
-      on_metrics: called in order with the number of a finished step and its metrics.
+    The host runs a few steps ahead of the device and never waits for the current one.
+    A loss that is not finite raises Diverged.
     """
 
     def __init__(self, on_metrics: Callable[[int, dict[str, float]], None]):
@@ -168,11 +144,7 @@ class MetricsQueue:
         self._in_flight: collections.deque[tuple[int, Any]] = collections.deque()
 
     def put(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Adds the metrics of a step, and reads those that are ready.
-
-        Raises:
-          Diverged: if a loss is not finite.
-        """
+        """Adds the metrics of a step, and reads those that are ready."""
         self._in_flight.append((step, metrics))
         while self._in_flight and (
             len(self._in_flight) >= _MAX_STEPS_IN_FLIGHT
@@ -181,11 +153,7 @@ class MetricsQueue:
             self._read()
 
     def flush(self) -> None:
-        """Waits for all steps and reads what is left.
-
-        Raises:
-          Diverged: if a loss is not finite.
-        """
+        """Waits for all steps and reads what is left."""
         while self._in_flight:
             self._read()
 

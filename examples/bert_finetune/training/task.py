@@ -14,69 +14,39 @@ from bert_finetune.training.losses import LossFn
 
 
 class Task(Protocol):
-    """A model, the data that the flags name, and what to do with both."""
+    """The flags, the model to start from, its data, and what to do with them.
+
+    ``evaluate`` returns results under names with ``eval_``; ``predict`` writes files.
+    """
 
     @property
-    def args(self) -> Arguments:
-        """The flags."""
-        ...
-
+    def args(self) -> Arguments: ...
     @property
-    def model(self) -> Pretrained:
-        """The model to start from."""
-        ...
-
+    def model(self) -> Pretrained: ...
     @property
-    def loss(self) -> LossFn:
-        """The loss to minimize."""
-        ...
-
-    def train_features(self) -> Features:
-        """Returns the tokenized training data."""
-        ...
-
-    def evaluate(self, params: bert.Params) -> dict[str, float]:
-        """Returns the results of an evaluation, under names that start with eval_."""
-        ...
-
-    def predict(self, params: bert.Params) -> None:
-        """Writes predictions for the test data."""
-        ...
-
-    def describe(self) -> Description:
-        """Returns what to call the run in its reports."""
-        ...
+    def loss(self) -> LossFn: ...
+    def train_features(self) -> Features: ...
+    def evaluate(self, params: bert.Params) -> dict[str, float]: ...
+    def predict(self, params: bert.Params) -> None: ...
+    def describe(self) -> Description: ...
 
 
 def check_flags(args: Arguments, model: Pretrained, results: Sequence[str]) -> None:
-    """Checks the flags that depend on the model and the task.
-
-    Args:
-      args: the flags.
-      model: that they name.
-      results: what ``--metric_for_best_model`` may be.
-
-    Raises:
-      UserError: naming the flag.
-    """
-    name = args.metric_for_best_model
-    if name.removeprefix("eval_") not in results:
-        raise UserError(
-            "--metric_for_best_model must be one of "
-            f"{', '.join(results)}, got {name!r}."
-        )
-    if args.max_seq_length > model.config.max_position_embeddings:
-        raise UserError(
-            f"--max_seq_length {args.max_seq_length} is more than the "
-            f"{model.config.max_position_embeddings} positions of the model."
-        )
+    """Checks the flags that depend on the model, and on the names of its results."""
+    best, length = args.metric_for_best_model, args.max_seq_length
+    if best.removeprefix("eval_") not in results:
+        known = f"one of {', '.join(results)}"
+        raise UserError(f"--metric_for_best_model must be {known}, got {best!r}.")
+    limit = model.config.max_position_embeddings
+    if length > limit:
+        what = f"more than the {limit} positions of the model"
+        raise UserError(f"--max_seq_length {length} is {what}.")
 
 
 def padded_lengths(args: Arguments) -> list[int]:
     """Returns the lengths to which batches may be padded."""
-    if args.pad_to_max_length:
-        return [args.max_seq_length]
-    return batch_lengths(args.max_seq_length)
+    length = args.max_seq_length
+    return [length] if args.pad_to_max_length else batch_lengths(length)
 
 
 def speed(seconds: float, num_examples: int, batch_size: int) -> dict[str, float]:
