@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/run_demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/linters
 	$(BIN)/ruff format --check .

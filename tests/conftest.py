@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+from compiled import XLA_FLAGS
+
 # Parallel test processes that each start a BLAS thread per core wait for one another:
 # a test of 9 seconds then takes minutes. OpenBLAS reads this when SciPy loads it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -15,12 +17,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_caches.name}/jax"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["HF_DATASETS_CACHE"] = f"{_caches.name}/datasets"
+    flags = [*os.environ.get("XLA_FLAGS", "").split(), *XLA_FLAGS]
+    if flags:  # XLA takes what begins with no dash for the name of a file.
+        os.environ["XLA_FLAGS"] = " ".join(flags)
+# Programs for one device are other entries of the cache.
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_runtest_setup(item):

@@ -9,6 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import mfac_jax
 from mfac_jax import windows
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def row_products(window, vector):
     return windows.DenseGradients(window).products(vector, jnp.float32)

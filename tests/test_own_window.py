@@ -12,6 +12,8 @@ from float8_window import Float8Window
 import mfac_jax
 from mfac_jax import windows
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPES = {"table": (9, 5), "kernel": (4, 3, 2), "bias": (7,), "scale": ()}
 
 

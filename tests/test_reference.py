@@ -1,5 +1,6 @@
 """Agreement with the recorded runs of the published PyTorch code."""
 
+import functools
 import json
 import pathlib
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import AS_FOR_USERS
 
 import mfac_jax
 
@@ -37,7 +39,8 @@ def directions(case, dtype):
 
     gradients = jnp.asarray(recorded[f"{case}__grads"], dtype)
     state = opt.init(gradients[0])
-    state, updates = jax.jit(lambda *args: jax.lax.scan(step, *args))(state, gradients)
+    scan = jax.jit(functools.partial(jax.lax.scan, step), compiler_options=AS_FOR_USERS)
+    state, updates = scan(state, gradients)
     expected = recorded[f"{case}__directions_f64"]
     norms = np.linalg.norm(expected, axis=1)
     errors = np.linalg.norm(np.asarray(updates, np.float64) - expected, axis=1)
@@ -102,7 +105,8 @@ def closed_loop(name, dtype):
         updates, state = opt.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), loss
 
-    (params, _), losses = jax.jit(lambda *args: jax.lax.scan(step, *args))(
+    scan = jax.jit(functools.partial(jax.lax.scan, step), compiler_options=AS_FOR_USERS)
+    (params, _), losses = scan(
         (params, opt.init(params)), jnp.asarray(recorded["batches"])
     )
     expected = {k: recorded[f"{name}_final_{k}_f64"] for k in params}

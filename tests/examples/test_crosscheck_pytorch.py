@@ -8,6 +8,8 @@ import oracles
 import pytest
 from bert_finetune.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def stand_in(monkeypatch, error):
     def directions(module, gradients, dtype):

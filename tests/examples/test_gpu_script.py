@@ -26,7 +26,7 @@ def run(script, *arguments):
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     model = toy_bert.write_model(root / "model", max_position_embeddings=128)
-    return model, toy_bert.write_task(root / "data", "qqp")
+    return model, toy_bert.write_task(root / "data", "qqp", num_train=64)
 
 
 @pytest.mark.usefixtures("quick_compilation")

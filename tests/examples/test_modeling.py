@@ -10,6 +10,8 @@ from bert_finetune.model import bert, pretrained
 from bert_finetune.training.losses import label_loss
 from transformers import BertConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
 HEADS = {
     "": (bert.BertForSequenceClassification, ["expected_logits"]),

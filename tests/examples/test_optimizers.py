@@ -12,6 +12,8 @@ from bert_finetune.model import bert
 from bert_finetune.training import memory, optax_optimizers, optimizers
 from bert_finetune.training.schedules import make_schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def args_of(optim="MFAC", optim_args=None, *flags):
     required = "--model_name_or_path m --task_name qqp --output_dir o --do_train"

@@ -26,8 +26,11 @@ NUM_STEPS = 24  # Of ten an epoch.
 MFAC = ["--optim", "MFAC", "--optim_args", '{"lr": 1e-2, "num_grads": 8, "damp": 1e-4}']
 # What orbax's threads raise over bad files, and the tasks that they abandon.
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::pytest.Pytest{kind}ExceptionWarning")
-    for kind in ("UnhandledThread", "Unraisable")
+    pytest.mark.usefixtures("quick_compilation"),
+    *(
+        pytest.mark.filterwarnings(f"ignore::pytest.Pytest{kind}ExceptionWarning")
+        for kind in ("UnhandledThread", "Unraisable")
+    ),
 ]
 
 

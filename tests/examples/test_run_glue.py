@@ -391,6 +391,7 @@ def test_as_a_script(root, tmp_path):
                 **os.environ,
                 "PYTHONPATH": str(script.parents[1]),
                 "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": "1",
             },
             check=False,
         )

@@ -28,6 +28,8 @@ from bert_finetune.training.steps import (
 
 import mfac_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MICRO = pathlib.Path(__file__).parents[1] / "reference" / "bert_micro"
 
 
