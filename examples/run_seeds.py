@@ -30,7 +30,12 @@ import run_qa
 from bert_finetune import arguments as flags
 from bert_finetune import cli
 from bert_finetune.errors import Interrupted, UserError
-from bert_finetune.files import read_json_lines, write_json, write_text
+from bert_finetune.files import (
+    read_json_lines,
+    read_numbers,
+    write_json,
+    write_text,
+)
 from bert_finetune.reporting.model_card import versions
 from bert_finetune.reporting.plots import plot_bands
 from bert_finetune.training.optimizers import parse_hyperparams
@@ -201,7 +206,7 @@ def summarize(runs: Sequence[Run], published: Mapping[str, Any]) -> dict[str, An
         summary = summaries.setdefault(
             run.args.optim, {"arguments": arguments, "runs": {}, "published": theirs}
         )
-        results = json.loads((directory / "all_results.json").read_text())
+        results = read_numbers((directory / "all_results.json").read_text())
         lines = read_json_lines(directory / "metrics.jsonl")
         summary["runs"][str(seed)] = {**results, "lines": lines}
     whole = 100 if isinstance(runs[0].args, flags.QaArguments) else 1

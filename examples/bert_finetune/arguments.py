@@ -1,16 +1,32 @@
 """The flags, with the names, meanings and defaults of Hugging Face's scripts."""
 
 import dataclasses
+import difflib
+import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
 
 from transformers import HfArgumentParser
 
 from bert_finetune.errors import UserError
 
 T = TypeVar("T")
+# Flags of other versions and scripts -> ours.
+_OTHER_NAMES = {
+    "evaluation_strategy": "eval_strategy",
+    "fp16": "bf16",
+    "half_precision_backend": "bf16",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "max_length": "max_seq_length",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "logging_strategy": "logging_steps",
+}
 
 
 # A flag whose value a resumed run must share with the run it resumes.
@@ -46,6 +62,9 @@ class Arguments:
     pad_to_max_length: Fixed[bool] = _flag(
         False, "Pad to --max_seq_length, not just to hold a batch's longest example."
     )
+    ignore_mismatched_sizes: bool = _flag(
+        False, "Initialize weights of another shape, such as another task's head."
+    )
     overwrite_cache: bool = _flag(False, "Tokenize again what is cached.")
     max_train_samples: Fixed[Limit] = _flag(None, "Train on the first examples only.")
     max_eval_samples: Limit = _flag(None, "The same for evaluation.")
@@ -66,9 +85,9 @@ class Arguments:
     max_grad_norm: Fixed[Amount] = _flag(1.0, "Gradient norm to clip to; 0: none.")
     num_train_epochs: Fixed[float] = _flag(3.0, "Passes over the training data.")
     max_steps: Fixed[int] = _flag(-1, "The number of steps if positive, not epochs.")
-    lr_scheduler_type: Fixed[Literal["linear", "cosine", "constant"]] = _flag(
-        "linear", "Shape of the learning rate after the warm-up."
-    )
+    lr_scheduler_type: Fixed[
+        Literal["linear", "cosine", "constant", "constant_with_warmup"]
+    ] = _flag("linear", "Shape of the learning rate after the warm-up.")
     warmup_ratio: Fixed[float] = _flag(
         0.0, "Share of the steps in which the learning rate rises linearly from 0."
     )
@@ -144,6 +163,15 @@ class Arguments:
                 "there is nothing to do: give --do_train, --do_eval, --do_predict or "
                 "more than one of them."
             )
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or ratio):
+            flag = "--warmup_steps" if self.warmup_steps else "--warmup_ratio"
+            raise UserError(
+                f"--lr_scheduler_type constant has no warm-up, which {flag} asks for: "
+                "give constant_with_warmup."
+            )
+        if self.seed >= 2**32:
+            # JAX would drop the higher bits.
+            raise UserError(f"--seed must be less than {2**32}, got {self.seed}.")
         if self.load_best_model_at_end:
             self._check_best_model()
 
@@ -178,19 +206,23 @@ class GlueArguments(Arguments):
         "The GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli. Without "
         "it, the data are the files given: .csv, .tsv, .json, .jsonl or .parquet.",
     )
-    dataset_name: str = _flag(
-        "nyu-mll/glue",
-        "A hub id, or a directory with TASK/{train,validation}-*.parquet.",
+    dataset_name: str | None = _flag(
+        None,
+        "A hub id, or a directory with {train,validation}-*.parquet, for a GLUE task "
+        "in the folder of its name; by default nyu-mll/glue.",
+    )
+    dataset_config_name: str | None = _flag(
+        None, "The configuration of a data set that is not GLUE's."
     )
 
     @property
     def data_name(self) -> str:
-        return self.task_name or super().data_name
+        return self.task_name or super().data_name or Path(self.dataset_name or "").name
 
     def check(self) -> None:
         super().check()
-        if self.task_name is None:
-            self._check_files("task_name")
+        if self.dataset_name is None:
+            self._check_files("task_name, --dataset_name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +275,39 @@ class QaArguments(Arguments):
             raise UserError(f"--null_score_diff_threshold must be finite, got {value}.")
 
 
+class _Parser(HfArgumentParser):
+    """Raises what argparse would print below its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = "; give a whole number" if "invalid int value" in message else ""
+        raise UserError(f"{message}{hint}. --help lists the flags.")
+
+
+def _hint(flag: str, known: Sequence[str]) -> str:
+    """Returns what was probably meant by an unknown flag."""
+    name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+    similar = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else []
+    similar += difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean --{similar[0]}?" if similar else "; --help lists them."
+
+
+def _flags_in_file(path: str) -> list[str]:
+    """Returns the flags that a JSON object holds, as if they had been typed."""
+    try:
+        flags = json.loads(Path(path).read_text("utf-8-sig"))
+        items = [(f"--{name}", value) for name, value in flags.items()]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} holds no JSON object of flags: {error}.") from error
+    typed = []
+    for flag, value in items:
+        if value is not None:
+            is_plain = isinstance(value, str)
+            typed += [flag, value if is_plain else json.dumps(value)]
+    return typed
+
+
 AnyArguments = TypeVar("AnyArguments", bound=Arguments)
 
 
@@ -250,17 +315,22 @@ def parse_arguments(
     kind: type[AnyArguments], argv: Sequence[str] | None = None
 ) -> AnyArguments:
     """Parses and checks the flags of a script, by default those typed."""
-    parser = HfArgumentParser(kind, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = _flags_in_file(argv[0])
+    parser = _Parser(kind, allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     args, unknown = parser.parse_args_into_dataclasses(
-        None if argv is None else list(argv),
-        return_remaining_strings=True,
-        look_for_args_file=False,
+        argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        known = [field.name for field in dataclasses.fields(kind)]
+        raise UserError(f"{unknown[0]} is no flag{_hint(unknown[0], known)}")
     if args.eval_strategy != "no":
         args = dataclasses.replace(args, do_eval=True)
     if isinstance(args, GlueArguments) and args.task_name is not None:
-        args = dataclasses.replace(args, task_name=args.task_name.lower())
+        # GLUE itself writes STS-B.
+        name = args.task_name.lower().replace("-", "")
+        source = args.dataset_name or "nyu-mll/glue"
+        args = dataclasses.replace(args, task_name=name, dataset_name=source)
     args.check()
     return args

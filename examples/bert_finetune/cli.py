@@ -1,6 +1,7 @@
 """What the scripts share: one-line errors, and JAX set up for training."""
 
 import ctypes
+import io
 import os
 import platform
 import sys
@@ -22,6 +23,9 @@ def run_script(main: Callable[[], Any], interrupted: str) -> None:
     With ``FINETUNE_TRACEBACK=1`` in the environment user errors keep their traceback,
     as all other errors always do. ``interrupted`` is what Ctrl-C means to the script.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -1,6 +1,7 @@
 """Files written atomically."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,19 +19,39 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file atomically."""
-    write_text(path, json.dumps(content, indent=4, sort_keys=True) + "\n")
+    """Writes a JSON file atomically; numbers that are not finite become null."""
+    text = json.dumps(_finite(content), indent=4, sort_keys=True, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    is_odd = isinstance(content, float) and not math.isfinite(content)
+    return None if is_odd else content
 
 
 def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
     """Appends one line to a `.jsonl` file."""
     with open(path, "a") as file:
-        file.write(json.dumps(content) + "\n")
+        file.write(json.dumps(_finite(content), allow_nan=False) + "\n")
 
 
 def write_json_lines(path: Path, contents: Sequence[Mapping[str, Any]]) -> None:
     """Writes a `.jsonl` file atomically."""
-    write_text(path, "".join(json.dumps(content) + "\n" for content in contents))
+    lines = [json.dumps(_finite(content), allow_nan=False) for content in contents]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_numbers(text: str | bytes) -> Any:
+    """Returns an object in JSON whose null is a number that was not finite."""
+    return json.loads(text, object_hook=_with_nan)
+
+
+def _with_nan(content: dict[str, Any]) -> dict[str, Any]:
+    return {k: math.nan if v is None else v for k, v in content.items()}
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -39,7 +60,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     contents = []
     for number, line in enumerate(lines, start=1):
         try:
-            content = json.loads(line)
+            content = read_numbers(line)
         except ValueError:
             content = None
         if isinstance(content, dict):

@@ -19,9 +19,10 @@ def resolve_model(name_or_path: str) -> Path:
         return Path(snapshot_download(name_or_path, allow_patterns=[*patterns]))
 
     try:
-        directory = fetch(*_MODEL_FILES, "model.safetensors")
-        if not (directory / "model.safetensors").exists():
-            directory = fetch(*_MODEL_FILES, "pytorch_model.bin")
+        # In one file, or in several and an index.
+        directory = fetch(*_MODEL_FILES, "model*.safetensors*")
+        if not any(directory.glob("model*.safetensors*")):
+            directory = fetch(*_MODEL_FILES, "pytorch_model*.bin*")
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise UserError(
             f"model {name_or_path!r} is not a local directory, and the Hugging Face "

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from bert_finetune.arguments import GlueArguments, QaArguments, parse_arguments
 from bert_finetune.errors import UserError
@@ -83,21 +85,73 @@ def test_a_value_out_of_range_is_named(flags):
 
 
 @pytest.mark.parametrize(
-    "argv", [REQUIRED[:4], [*REQUIRED, "--adafactor"], [*REQUIRED, "--seed", "one"]]
+    ("argv", "message"),
+    [
+        (REQUIRED[:4], "the following arguments are required: --output_dir"),
+        ([*REQUIRED, "--adafactor"], "--adafactor is no flag; --help lists them"),
+        ([*REQUIRED, "--evaluation_strategy=no"], r"did you mean --eval_strategy\?"),
+        ([*REQUIRED, "--fp16"], r"--fp16 is no flag; did you mean --bf16\?"),
+        ([*REQUIRED, "--learning_rates", "1"], "did you mean --learning_rate"),
+        (
+            [*REQUIRED, "--seed", "one"],
+            "--seed: invalid int value: 'one'; give a",
+        ),
+        ([*REQUIRED, "--logging_steps", "0.1"], "value: '0.1'; give a whole number"),
+        ([*REQUIRED, "--seed", "99999999999999999999"], "must be less than 4294967296"),
+        (
+            [*REQUIRED, "--lr_scheduler_type=constant", "--warmup_steps=3"],
+            "has no warm-up, which --warmup_steps asks for: give constant_with_warmup",
+        ),
+        ([*REQUIRED, "--lr_scheduler_type=polynomial"], "choose from 'linear', 'cos"),
+    ],
 )
-def test_what_argparse_refuses(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_flags_that_are_not_ours_are_one_line(argv, message):
+    with pytest.raises(UserError, match=message) as caught:
         parse_arguments(GlueArguments, argv)
-    assert caught.value.code != 0
-    assert "error: " in capsys.readouterr().err
+    assert "\n" not in str(caught.value)
+
+
+def test_all_flags_can_be_in_a_file(tmp_path):
+    """As with Hugging Face's script."""
+    path = tmp_path / "args.json"
+    flags = {
+        "model_name_or_path": "m",
+        "task_name": "STS-B",
+        "output_dir": str(tmp_path),
+        "do_train": True,
+        "do_eval": False,
+        "learning_rate": 1e-3,
+        "max_train_samples": None,
+        "optim_args": {"damp": 1e-6},
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
+    }
+    path.write_text(json.dumps(flags))
+    args = parse_arguments(GlueArguments, [str(path)])
+    assert (args.task_name, args.dataset_name) == ("stsb", "nyu-mll/glue")
+    assert (args.do_train, args.do_eval, args.max_train_samples) == (True, False, None)
+    assert (args.learning_rate, args.optim_args) == (1e-3, '{"damp": 1e-06}')
+    for content, message in (
+        ([1], "no JSON object"),
+        ({**flags, "sead": 1}, "--sead"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            parse_arguments(GlueArguments, [str(path)])
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--train_file a.csv --do_eval", "--do_eval needs --task_name or --validation"),
-        ("--train_file a.csv --eval_strategy epoch", "--do_eval needs --task_name"),
-        ("--train_file a.csv --do_predict", "--do_predict needs --task_name or --test"),
+        (
+            "--train_file a.csv --do_eval",
+            "--do_eval needs --task_name, --dataset_name or --validation_file",
+        ),
+        ("--train_file a.csv --eval_strategy epoch", "--do_eval needs --task_name, "),
+        (
+            "--train_file a.csv --do_predict",
+            "--do_predict needs --task_name, --dataset_name or --test_file",
+        ),
         (
             "--task_name qqp --load_best_model_at_end --eval_strategy steps",
             "to be the same, steps or epoch, got steps and epoch",

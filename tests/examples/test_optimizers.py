@@ -65,7 +65,7 @@ def test_hyperparameters_come_from_optim_args_flags_and_defaults():
 
 
 @pytest.mark.parametrize("num_warmup", [0, 1, 8, 29, 30, 45])
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
 def test_schedule_is_that_of_hugging_face(kind, num_warmup):
     """`get_{kind}_schedule_with_warmup`, for as long as training lasts."""
     num_steps = 30
@@ -79,7 +79,7 @@ def test_schedule_is_that_of_hugging_face(kind, num_warmup):
             expected = {
                 "linear": 1 - progress,
                 "cosine": (1 + np.cos(np.pi * progress)) / 2,
-                "constant": 1.0,
+                "constant_with_warmup": 1.0,
             }[kind]
         assert schedule(step) == pytest.approx(2.0 * expected, rel=1e-6, abs=1e-6)
 

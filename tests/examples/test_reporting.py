@@ -27,11 +27,19 @@ def test_json_lines_are_appended(tmp_path):
 @pytest.mark.parametrize("torn", [b"", b'{"step": 3, "lo', b'{"step": "\xff', b"\0\0"])
 def test_json_lines_are_read_without_a_torn_last_one(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
-    lines = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": math.inf}]
-    for line in lines:
-        append_json_line(path, line)
+    for step, loss in ((1, 0.5), (2, math.inf)):
+        append_json_line(path, {"step": step, "loss": loss})
+    assert path.read_text().endswith('{"step": 2, "loss": null}\n')
     path.write_bytes(path.read_bytes() + torn)
-    assert read_json_lines(path) == lines
+    first, second = read_json_lines(path)
+    assert first == {"step": 1, "loss": 0.5}
+    assert math.isnan(second["loss"])
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [math.nan, (1.0,)], "b": {"c": -math.inf}})
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content == {"a": [None, [1.0]], "b": {"c": None}}
 
 
 def test_torn_line_in_the_middle_is_a_mistake(tmp_path):

@@ -140,7 +140,7 @@ def test_killed_in_mid_epoch_and_resumed_to_the_bit(root, tmp_path, unbroken):
 
 @pytest.mark.parametrize("flags", [[], ["path"]])
 def test_ways_to_say_where_to_go_on(root, tmp_path, unbroken, flags, capsys):
-    out = tmp_path / "out"
+    out, kept = tmp_path / "out", steps_of(unbroken)
     if flags == ["path"]:
         checkpoint = unbroken / "checkpoint-14"
         flags = [str(checkpoint)]
@@ -153,6 +153,7 @@ def test_ways_to_say_where_to_go_on(root, tmp_path, unbroken, flags, capsys):
     assert (checkpoint / "model.safetensors").exists()
     assert f"Resuming from {checkpoint}." in capsys.readouterr().out
     assert_same_model(out, unbroken)
+    assert steps_of(unbroken) == kept
 
 
 def test_a_finished_run_is_not_trained_again(root, tmp_path, unbroken):
@@ -248,6 +249,13 @@ def test_checkpoints_of_another_run_are_refused_and_kept(root, tmp_path, unbroke
     with pytest.raises(UserError, match="is not empty"):
         run_glue.main(command(root, out, "--resume_from_checkpoint", str(checkpoint)))
     assert contents() == before
+    # A remedy that works, and no directory left behind.
+    flags = ["--resume_from_checkpoint", str(checkpoint), "--seed", "1"]
+    with pytest.raises(
+        UserError, match="give it as --model_name_or_path, without --re"
+    ):
+        run_glue.main(command(root, tmp_path / "new", *flags))
+    assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="there is no checkpoint in"):
         run_glue.main(
             command(root, tmp_path / "new", "--resume_from_checkpoint", "last")

@@ -38,8 +38,9 @@ def write_rows(path, rows):
 
 
 def assert_holds(questions, rows):
-    columns = ("id", "question", "context", "answers")
+    columns = ("id", "question", "context")
     assert list(questions.dataset) == [{k: row[k] for k in columns} for row in rows]
+    assert questions.answers == [row["answers"]["text"] for row in rows]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
@@ -123,14 +124,14 @@ def test_what_cannot_be_trained_on_is_named_and_left_out(tmp_path, capsys):
     ]
     path = write_json(tmp_path / "a.json", {"data": rows})
     questions = load(path)
-    assert questions.dataset["id"][:] == ["right", "none"]
-    assert questions.spans == [(4, 13), None]
+    assert questions.dataset["id"][:] == ["right", "empty", "none"]
+    assert questions.spans == [(4, 13), None, None]
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         f"warning: 1 of 6 questions of {path} are left out: their context has no text "
         "(blank).",
-        f"warning: 3 of 6 questions of {path} are left out: their answer does not "
-        "stand in the context at answer_start (shifted, negative, empty).",
+        f"warning: 2 of 6 questions of {path} are left out: their answer is not in the "
+        "context at answer_start (shifted, negative).",
     ]
     # Where answers stand does not count in evaluation.
     assert len(load(path, "validation").dataset) == 6
@@ -142,19 +143,56 @@ def test_what_cannot_be_trained_on_is_named_and_left_out(tmp_path, capsys):
 ROW = ROWS[0]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_integers_can_be_ids(tmp_path, name):
+    rows = [changed(row, id=i) for i, row in enumerate(ROWS)]
+    assert load(write_rows(tmp_path / name, rows)).dataset["id"][:3] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"answers": {"text": ["red"], "answer_start": [-1]}},
+        {"answers": {"text": [""], "answer_start": [-1]}},
+        {"answers": {"text": [""], "answer_start": [0]}},
+        {"answers": {"text": [], "answer_start": []}},
+        {"answers": {"text": ["red"], "answer_start": [0]}, "is_impossible": True},
+        {"answers": {"text": ["red"], "answer_start": [0]}, "is_impossible": 1},
+    ],
+)
+def test_no_answer_is_written_in_several_ways(tmp_path, split, official, changes):
+    row = {"id": "none", "question": "yes", "context": "red good film", **changes}
+    content = toy_bert.as_squad_file([row]) if official else {"data": [row]}
+    questions = load(write_json(tmp_path / "a.json", content), split)
+    assert questions.answers == [[]]
+    assert questions.spans == ([None] if split == "train" else [])
+    with pytest.raises(UserError, match=r"1 of 1 questions .*--version_2_with"):
+        load(tmp_path / "a.json", split, with_negative=False)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([changed(ROW, context=None)], "context of question 'q000' is not a text"),
-        ([changed(ROW, question=3)], "question of question 'q000' is not a text"),
+        ([changed(ROW, context=None)], "'context' must hold a text, row 1 of .* None"),
+        ([changed(ROW, question=[])], r"'question' must hold a text, row 1 of .* \[\]"),
         ([{"context": "red"}], "entry 1 of 'data' .*KeyError: 'id'"),
         (["red"], "entry 1 of 'data' in .*a.json is not in the form of SQuAD"),
         ([{"paragraphs": [{"context": "", "qas": ["x"]}]}], "entry 1 of 'data' in"),
-        ([changed(ROW, answers=answers(("red", 2**70)))], "a.json cannot be read"),
-        ([changed(ROW, context="\ud83d")], "a.json cannot be read"),
-        ([changed(ROW, answers=answers(("red", 0.5)))], "answers of question 'q000'"),
-        ([changed(ROW, answers=answers(("red", "one")))], "answers of question 'q000'"),
-        ([changed(ROW, answers={"text": ["a"]})], "answers of question 'q000'"),
+        (
+            [changed(ROW, answers=answers(("red", 2**70)))],
+            "nothing is left of .*a.json",
+        ),
+        ([changed(ROW, context="\ud83d")], "row 1 of .*a.json, holds half a character"),
+        ([changed(ROW, answers=answers(("red", 0.5)))], "answers to question 'q000'"),
+        ([changed(ROW, answers=answers(("red", "one")))], "answers to question 'q000'"),
+        ([changed(ROW, answers=answers(("red", True)))], "answers to question 'q000'"),
+        (
+            [changed(ROW, is_impossible="no")],
+            "question 'q000' .* true or false",
+        ),
+        ([changed(ROW, answers={"text": ["a"]})], "answers to question 'q000'"),
         ([changed(ROW, context="")], "nothing is left of .*a.json to train on"),
         ([], "a.json is empty"),
     ],
@@ -214,14 +252,14 @@ def test_columns_of_other_files_are_checked(tmp_path):
     columns = {k: [row[k] for row in ROWS] for k in ROW}
     path = tmp_path / "a.parquet"
     toy_bert.write_parquet(path, columns | {"context": [None] * len(ROWS)})
-    with pytest.raises(UserError, match=r"column 'context' .* must hold a text in"):
+    with pytest.raises(UserError, match="column 'context' must hold a text, row 1"):
         load(path)
     toy_bert.write_parquet(path, columns | {"answers": [["red"]] * len(ROWS)})
     with pytest.raises(UserError, match=r"'q000' .* two lists .* got \['red'\]"):
         load(path)
     del columns["answers"]
     toy_bert.write_parquet(path, columns)
-    with pytest.raises(UserError, match="no column 'answers'; it has id, title"):
+    with pytest.raises(UserError, match="no column 'answers'; it has 'id', 'title'"):
         load(path)
 
 

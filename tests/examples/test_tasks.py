@@ -117,18 +117,25 @@ def load(tmp_path, task, columns, kind="train"):
     ("columns", "message"),
     [
         ({"sentence": None, "text": ["a", "b", "c"]}, "no column 'sentence'.*text"),
-        ({"label": None}, "no column 'label'; it has sentence"),
+        ({"label": None}, "no column 'label'; it has 'sentence'"),
         (
             {"label": [0, 1, 2]},
-            r"integers from 0 to 1 or negative, positive, got \[2\]",
+            r"label 2 at row 3 of .*data.parquet must be an integer from 0 to 1 or one "
+            "of negative, positive",
         ),
-        ({"label": [-1, -1, -1]}, r"got \[-1\] \(-1 stands for .* not public\)"),
-        ({"label": [0.0, 0.5, 1.0]}, r"integers from 0 to 1 .*got \[0.5\]"),
-        ({"label": ["no", "yes", "no"]}, r"integers from 0 to 1 .*got \['no', 'yes'\]"),
-        ({"label": [0, None, 1]}, r"integers from 0 to 1 .*got \[None\]"),
-        ({"label": [[0], [1], [0]]}, r"integers from 0 to 1 .*got \[\[0\], \[1\]\]"),
-        ({"sentence": [1, 2, 3]}, "'sentence' .* must hold a text in every row"),
-        ({"sentence": ["a", None, "c"]}, "1 empty entries"),
+        (
+            {"label": [-1, -1, -1]},
+            r"label -1 at row 1 .* \(-1 stands for",
+        ),
+        ({"label": [0.0, 0.5, 1.0]}, "label 0.5 at row 2 of .* an integer from 0 to 1"),
+        ({"label": ["no", "yes", "no"]}, "label 'no' at row 1 of .* an integer from 0"),
+        ({"label": [0, None, 1]}, "label None at row 2 of .* an integer from 0"),
+        ({"label": [[0], [1], [0]]}, r"label \[0\] at row 1 of .* an integer from"),
+        (
+            {"sentence": ["a", None, "c"]},
+            "'sentence' must hold a text, row 2 .*None",
+        ),
+        ({"sentence": [["a"], [], []]}, r"hold a text, row 1 of .* has \['a'\]: write"),
         ({"sentence": [], "label": []}, "is empty"),
     ],
 )
@@ -142,7 +149,7 @@ def test_bad_data_is_one_clear_error(tmp_path, columns, message):
 @pytest.mark.parametrize("labels", [[0.0, 5.5], [-0.1, 1.0], [1.0, None], ["a", "b"]])
 def test_scores_out_of_range_are_rejected(tmp_path, labels):
     columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": labels}
-    with pytest.raises(UserError, match="must be numbers from 0 to 5, got"):
+    with pytest.raises(UserError, match="must be a number from 0 to 5"):
         load(tmp_path, "stsb", columns)
 
 
@@ -150,20 +157,24 @@ def test_scores_out_of_range_are_rejected(tmp_path, labels):
     ("name", "content", "message"),
     [
         ("train.txt", "a,label\n", "must end in one of .csv, .tsv, .json"),
-        ("train.json", "not json", "train.json cannot be read"),
-        ("train.csv", "label\n1\n0\n", "no text column besides 'label'"),
+        ("train.json", "not json", "line 1 of .*train.json is not JSON"),
+        ("train.csv", "label\n1\n0\n", "no column of texts; it has 'label'"),
         ("train.csv", "text,label\n", "train.csv is empty"),
-        ("train.csv", "", "train.csv cannot be read: No columns"),
+        ("train.csv", "", "train.csv is empty"),
         ("train.json", "[]", "train.json is empty"),
         ("train.jsonl", "", "train.jsonl is empty"),
-        ("train.csv", "text,class\na,1\n", "no column 'label'; it has text, class"),
-        ("train.csv", "text,label\na,1\nb,1\n", r"two or more names .*got \[1\]"),
+        ("train.csv", "text,class\na,1\n", "no column 'label'; it has 'text', 'class'"),
+        ("train.csv", "text,label\na,1\nb,1\n", "two or more names .* all are '1'"),
         (
             "train.csv",
             "text,label\na,0.5\nb,\nc,1.5\n",
-            r"two or more .*got \['', '0.5",
+            "row 3 of .*train.csv has the label '': write one",
         ),
-        ("train.json", '[{"text": "a", "label": [1]}]', "two or more names"),
+        (
+            "train.json",
+            '[{"text": "a", "label": [1]}]',
+            r"label \[1\] at row 1 .* no name",
+        ),
         (None, None, "there is no file"),
     ],
 )

@@ -188,7 +188,7 @@ def as_squad_file(rows):
         "version": "v2.0",
         "data": [
             {
-                "title": row["title"],
+                "title": row.get("title", ""),
                 "paragraphs": [
                     {
                         "context": row["context"],
@@ -196,7 +196,9 @@ def as_squad_file(rows):
                             {
                                 "id": row["id"],
                                 "question": row["question"],
-                                "is_impossible": not row["answers"]["text"],
+                                "is_impossible": row.get(
+                                    "is_impossible", not row["answers"]["text"]
+                                ),
                                 "answers": [
                                     {"text": text, "answer_start": start}
                                     for text, start in zip(

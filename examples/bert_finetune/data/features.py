@@ -1,13 +1,15 @@
 """Tokenized examples, cached on disk."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import datasets.config
 import numpy as np
+import pyarrow as pa
+
+from bert_finetune.data.sources import check_cache
 
 # What a tokenizer returns of an example, as `datasets` keeps it.
 TOKEN_COLUMNS = {
@@ -76,21 +78,22 @@ def map_cached(
     _reset(tokenizer)
     parts = (dataset._fingerprint, tokenizer.backend_tokenizer.to_str(), *key)
     fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-    file = None
-    if not dataset.cache_files:  # It is in memory, where `datasets` would leave it.
-        directory = Path(datasets.config.HF_DATASETS_CACHE, "tokenized")
-        directory.mkdir(parents=True, exist_ok=True)
-        file = str(directory / f"{fingerprint}.arrow")
-    result = dataset.map(
+    # It is in memory, where `datasets` would leave the result too.
+    file = check_cache() / f"{fingerprint}.arrow"
+    tokenize_all = functools.partial(
+        dataset.map,
         encode,
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
         features=datasets.Features(columns),
-        load_from_cache_file=not overwrite_cache,
-        cache_file_name=file,
+        cache_file_name=str(file),
         new_fingerprint=fingerprint,
     )
+    try:
+        result = tokenize_all(load_from_cache_file=not overwrite_cache)
+    except pa.ArrowException:  # The cached file is damaged.
+        result = tokenize_all(load_from_cache_file=False)
     _reset(tokenizer)
     return result
 

@@ -7,7 +7,12 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import (
+    accuracy_score,
+    f1_score,
+    matthews_corrcoef,
+    mean_squared_error,
+)
 
 _NO_POSITIVES: Any = 0  # Annotated as a string in scikit-learn.
 
@@ -23,6 +28,7 @@ _METRICS = {
     "accuracy": accuracy_score,
     "f1": functools.partial(f1_score, zero_division=_NO_POSITIVES),
     "matthews_correlation": matthews_corrcoef,
+    "mse": mean_squared_error,
     "pearson": functools.partial(_correlation, stats.pearsonr),
     "spearmanr": functools.partial(_correlation, stats.spearmanr),
 }
@@ -31,11 +37,12 @@ _METRICS = {
 def glue_metrics(
     names: Sequence[str], labels: np.ndarray, predictions: np.ndarray
 ) -> dict[str, float]:
-    """Returns the metrics by name; of more than one, also their mean.
+    """Returns the metrics by name; of more than one score, also their mean.
 
     Labels and predictions have shape ``(examples,)``; F1 is that of the label 1.
     """
     values = {name: float(_METRICS[name](labels, predictions)) for name in names}
-    if len(names) > 1:
-        values["combined_score"] = float(np.mean(list(values.values())))
+    scores = [value for name, value in values.items() if name != "mse"]
+    if len(scores) > 1:
+        values["combined_score"] = float(np.mean(scores))
     return values

@@ -1,20 +1,19 @@
-"""The splits of a classification or regression task, checked."""
+"""The task of the flags and its splits, checked."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow.types
 from transformers import BertConfig
 
 from bert_finetune.arguments import GlueArguments
 from bert_finetune.data import sources
 from bert_finetune.errors import UserError
+from bert_finetune.glue import labels
 from bert_finetune.glue.tasks import TASKS, GlueTask, task_of_files
 
-LABEL = "label"
-_LARGEST = float(np.finfo(np.float32).max)
+# Columns that number the rows of files.
+_ROW_NUMBERS = ("", "id", "idx", "index", "guid", "unnamed: 0", "__index_level_0__")
 
 
 class Split(NamedTuple):
@@ -28,10 +27,10 @@ class Split(NamedTuple):
 
 
 def find_task(args: GlueArguments, config: BertConfig) -> GlueTask:
-    """Returns the task that the flags name, or that their files hold.
+    """Returns the task that the flags name, or that their data hold.
 
-    The labels of files are those of the training file; without one, those that the
-    model was trained on.
+    The task of data is that of the training split, and without training the one that
+    the model was trained on.
     """
     name = args.task_name
     if name is not None:
@@ -39,84 +38,73 @@ def find_task(args: GlueArguments, config: BertConfig) -> GlueTask:
             known = ", ".join(TASKS)
             raise UserError(f"--task_name must be one of {known}, got {name!r}.")
         return TASKS[name]
-    path = args.train_file if args.do_train else args.validation_file or args.test_file
-    assert path is not None, "the flags have been checked"
-    dataset = sources.load_files([path])
-    text_columns = _find_text_columns(dataset, path)
+    split = "validation" if args.do_eval else "test"
+    source = _load(args, "train" if args.do_train else split)
     if not args.do_train:
-        assert config.id2label is not None
-        return task_of_files(text_columns, list(config.id2label.values()))
-    dataset = sources.select(dataset, text_columns, [LABEL], None, path)
-    labels = dataset.data.column(LABEL)
-    values = [] if pyarrow.types.is_nested(labels.type) else labels.unique().to_pylist()
-    if any(isinstance(value, float) for value in values):
-        return task_of_files(text_columns, ["score"])
-    # A .csv has an empty text where a label is missing.
-    if None in values or "" in values or len(values) < 2:
+        return _task_of_model(config, source)
+    names = labels.find_names(source)
+    return task_of_files(_find_text_columns(source), names or ["score"])
+
+
+def _task_of_model(config: BertConfig, source: sources.Source) -> GlueTask:
+    names = labels.names_of(config)
+    task = TASKS.get(str(getattr(config, "finetuning_task", None)).lower())
+    columns: Any = getattr(config, "text_columns", None)
+    if not isinstance(columns, list) or not all(isinstance(c, str) for c in columns):
+        columns = None
+    missing = [column for column in columns or [] if column not in source.columns]
+    if missing:
         raise UserError(
-            f"the labels of {path} must be two or more names or integers, or numbers "
-            f"to predict, got {_shown(values)}."
+            f"{source.where} has no column {missing[0]!r}, which the model was trained "
+            f"on; it has {', '.join(map(repr, source.columns))}: rename one."
         )
-    return task_of_files(text_columns, [str(value) for value in sorted(values)])
+    if task is not None and set(task.text_columns) <= source.columns.keys():
+        columns = columns or task.text_columns
+    found = task_of_files(columns or _find_text_columns(source), names)
+    if task is None or labels.match(task.label_names, names) is None:
+        return found
+    return found._replace(
+        label_names=task.label_names,
+        metrics=task.metrics,
+        is_numbered=True,
+        label_range=task.label_range,
+    )
 
 
-def _find_text_columns(dataset: datasets.Dataset, path: str) -> list[str]:
-    columns = dataset.column_names
-    names = [n for n in columns if n != LABEL and sources.holds_text(dataset, n)]
-    if not names:
-        found = ", ".join(columns)
-        raise UserError(f"{path} has no text column besides {LABEL!r}; it has {found}.")
-    usual = ["sentence1", "sentence2"]
-    return usual if set(usual) <= set(names) else names[:2]
+def _find_text_columns(source: sources.Source) -> list[str]:
+    """Returns the usual columns of pairs, or the first two, as in Hugging Face."""
+    usual, names = ["sentence1", "sentence2"], set(source.columns) - {labels.LABEL}
+    rest = [n for n in source.columns if n in names and n.lower() not in _ROW_NUMBERS]
+    texts = usual if names.issuperset(usual) else rest[:2]
+    if not texts:
+        found = ", ".join(map(repr, source.columns))
+        raise UserError(f"{source.where} has no column of texts; it has {found}.")
+    unused = ", ".join(
+        repr(name) for name in source.columns if name in names - {*texts}
+    )
+    if unused:
+        print(f"Columns of {source.where} that are not used: {unused}.")
+    return texts
+
+
+def _load(args: GlueArguments, split: str) -> sources.Source:
+    """Loads a split; the first word of its name in GLUE says which file it is."""
+    file: str | None = getattr(args, f"{split.split('_')[0]}_file")
+    if file is not None:
+        return sources.load_file(file)
+    assert args.dataset_name is not None, "the flags have been checked"
+    config = args.task_name or args.dataset_config_name
+    return sources.load(args.dataset_name, config, split)
 
 
 def load_split(
     args: GlueArguments, task: GlueTask, split: str, max_samples: int | None
 ) -> Split:
-    """Loads the first examples of a split and checks its texts and labels.
-
-    The first word of the split's name in GLUE says which file it is.
-    """
-    kind = split.split("_")[0]
-    file: str | None = getattr(args, f"{kind}_file")
-    if file is not None:
-        dataset, where = sources.load_files([file]), file
-    else:
-        where = f"the {split} split of {args.task_name} in {args.dataset_name}"
-        dataset = sources.load(args.dataset_name, args.task_name, split)
-    others = [] if kind == "test" else [LABEL]
-    dataset = sources.select(dataset, task.text_columns, others, max_samples, where)
-    if kind == "test":
+    """Loads the first examples of a split and checks its texts and labels."""
+    source = _load(args, split)
+    texts = {name: source.texts(name, max_samples) for name in task.text_columns}
+    dataset = sources.dataset_of(texts)
+    if split.startswith("test"):
         return Split(dataset, np.zeros(len(dataset), np.int32))
-    return Split(dataset, _labels(dataset[LABEL][:], task, where))
-
-
-def _labels(values: list[Any], task: GlueTask, where: str) -> np.ndarray:
-    names = task.label_names
-    index: dict[Any, int] = {name: i for i, name in enumerate(names)}
-    if task.is_regression:
-        low, high = task.label_range or (-_LARGEST, _LARGEST)
-        limits = f" from {low:g} to {high:g}" if task.label_range else ""
-        expected = f"numbers{limits}"
-        bad = [
-            v for v in values if not (isinstance(v, int | float) and low <= v <= high)
-        ]
-    else:
-        if task in TASKS.values():
-            expected = f"integers from 0 to {len(names) - 1} or {', '.join(names)}"
-            index |= {i: i for i in range(len(names))}
-        else:
-            expected = f"among {', '.join(names)}"
-            values = [str(value) for value in values]
-        bad = [v for v in values if isinstance(v, list | dict) or v not in index]
-    if bad:
-        hint = " (-1 stands for a label that is not public)" if -1 in bad else ""
-        got = f"{_shown(bad)}{hint}"
-        raise UserError(f"the labels of {where} must be {expected}, got {got}.")
-    if task.is_regression:
-        return np.asarray(values, np.float32)
-    return np.asarray([index[value] for value in values], np.int32)
-
-
-def _shown(values: Iterable[Any]) -> str:
-    return f"[{', '.join(sorted({repr(value) for value in values})[:5])}]"
+    values = source.values(labels.LABEL, max_samples)
+    return Split(dataset, labels.to_array(source, values, task))

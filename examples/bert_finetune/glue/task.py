@@ -7,20 +7,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers import BertConfig
 
 from bert_finetune import hub
 from bert_finetune.arguments import GlueArguments
 from bert_finetune.data.batches import eval_batches, prefetch
 from bert_finetune.data.features import Features, tokenize
+from bert_finetune.errors import UserError
 from bert_finetune.files import write_text
-from bert_finetune.glue import splits
+from bert_finetune.glue import labels, splits
 from bert_finetune.glue.metrics import glue_metrics
+from bert_finetune.glue.tasks import GlueTask
 from bert_finetune.model import bert, pretrained
 from bert_finetune.reporting.model_card import Description
 from bert_finetune.training import losses
 from bert_finetune.training.task import check_flags, padded_lengths, speed
 
 _MODEL_CLASS = bert.BertForSequenceClassification
+# Hugging Face's names for the loss.
+_PROBLEM_TYPES = {False: "single_label_classification", True: "regression"}
 
 
 class Classification:
@@ -30,29 +35,36 @@ class Classification:
         directory = hub.resolve_model(args.model_name_or_path)
         config = pretrained.read_config(directory)
         task = splits.find_task(args, config)
-        known, names = list((config.id2label or {}).values()), list(task.label_names)
-        # A model that knows the task's labels in another order keeps its own.
-        names = known if sorted(known) == sorted(names) else names
+        names, order, notes = _labels_of_model(args, config, task)
         model = pretrained.load_pretrained(
-            directory, _MODEL_CLASS, label_names=names, seed=args.seed
+            directory,
+            _MODEL_CLASS,
+            label_names=names,
+            seed=args.seed,
+            task=f"{_data_of(args)} ({len(names)} label{'s' * (len(names) > 1)})",
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
         )
-        if args.task_name is None:
-            model.notes.append(
-                f"Texts are {' and '.join(task.text_columns)}, labels "
-                f"{'numbers' if task.is_regression else ', '.join(names)}."
-            )
-        if task.is_regression:
-            model.config.problem_type = "regression"
+        model.notes.extend(notes)
+        if len(task.text_columns) > 1:
+            pretrained.check_pairs(model.config, directory)
+        # What a later evaluation or prediction must know.
+        model.config.update(
+            {
+                "problem_type": _PROBLEM_TYPES[task.is_regression],
+                "finetuning_task": args.task_name,
+                "text_columns": list(task.text_columns),
+            }
+        )
         self.args, self.model, self._task = args, model, task
         check_flags(args, model, ["loss", *self._result_names()])
         apply = bert.make_apply(
             model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
         )
-        kind = {"is_regression": task.is_regression}
-        self.loss = losses.label_loss(apply, **kind)
-        self._scores = jax.jit(losses.label_scores(apply, **kind))
+        options = {"is_regression": task.is_regression}
+        self.loss = losses.label_loss(apply, **options)
+        self._scores = jax.jit(losses.label_scores(apply, **options))
         # The model's label for each label of the data.
-        self._model_labels = np.array([names.index(n) for n in task.label_names])
+        self._model_labels = np.array(order)
         self._load_splits()
 
     def _load_splits(self) -> None:
@@ -78,14 +90,14 @@ class Classification:
             self._test_features = {k: self._features(v) for k, v in found.items()}
 
     def _features(self, split: splits.Split) -> Features:
-        labels = split.labels
+        targets = split.labels
         if not self._task.is_regression:
-            labels = self._model_labels[labels].astype(np.int32)
+            targets = self._model_labels[targets].astype(np.int32)
         return tokenize(
             split.dataset,
             self.model.tokenizer,
             self._task.text_columns,
-            {"labels": labels},
+            {"labels": targets},
             self.args.max_seq_length,
             overwrite_cache=self.args.overwrite_cache,
         )
@@ -104,7 +116,7 @@ class Classification:
         """Returns what to call the run in its reports."""
         return Description(
             self.args.data_name,
-            self.args.train_file or self.args.dataset_name,
+            self.args.train_file or self.args.dataset_name or "",
             self.args.task_name,
             [name for name in self._result_names() if "combined" not in name],
             "text-classification",
@@ -140,6 +152,8 @@ class Classification:
             np.concatenate(column)[: features.num_examples]
             for column in zip(*found, strict=True)
         )
+        if not np.all(np.isfinite(losses_)):
+            raise UserError("the logits of the model are not finite: it is of no use.")
         return losses_, self._in_data(predictions)
 
     def _in_data(self, labels: np.ndarray) -> np.ndarray:
@@ -165,3 +179,34 @@ class Classification:
             path = Path(self.args.output_dir, task.test_splits[split])
             write_text(path, "\n".join(["index\tprediction", *rows, ""]))
             print(f"Predictions are in {path}.")
+
+
+def _data_of(args: GlueArguments) -> str:
+    files = (args.validation_file, args.test_file)
+    return args.data_name or next(file for file in files if file is not None)
+
+
+def _labels_of_model(
+    args: GlueArguments, config: BertConfig, task: GlueTask
+) -> tuple[list[str], list[int], list[str]]:
+    """Returns the names of the model's labels, which each of the task's is, and notes.
+
+    A model that knows the task's labels in another order or case keeps its own.
+    """
+    known, names, notes = labels.names_of(config), list(task.label_names), []
+    labels.check_names(names, _data_of(args))
+    if args.task_name is None:
+        shown = "numbers" if task.is_regression else ", ".join(names)
+        texts = " and ".join(task.text_columns)
+        notes.append(f"Texts are {texts}, labels {shown}.")
+    order, is_generic = labels.match(names, known), labels.are_generic(known)
+    if task.is_regression and len(known) == 1:  # Whatever it calls them.
+        order = [0]
+    if order is None and not is_generic:
+        notes.append(
+            f"The model was trained on other labels ({', '.join(known)}) than those of "
+            f"{_data_of(args)} ({', '.join(names)})."
+        )
+    if order is None:
+        return names, list(range(len(names))), notes
+    return [names[i] for i in np.argsort(order)] if is_generic else known, order, notes

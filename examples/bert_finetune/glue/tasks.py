@@ -13,6 +13,7 @@ class GlueTask(NamedTuple):
     eval_splits: Mapping[str, str]  # Split -> the ending of its results.
     test_splits: Mapping[str, str]  # Split -> the file of predictions.
     writes_names: bool = False  # Whether predictions are names of labels.
+    is_numbered: bool = False  # Whether data may call labels by their numbers.
     label_range: tuple[float, float] | None = None  # Of a regression; None is any.
 
     @property
@@ -20,13 +21,10 @@ class GlueTask(NamedTuple):
         return len(self.label_names) == 1
 
 
-REGRESSION_METRICS = ("pearson", "spearmanr")
-
-
 def _task(texts: str, labels: str, metrics: str, file: str, **others: Any) -> GlueTask:
     splits = {"eval_splits": {"validation": ""}, "test_splits": {"test": file}}
     words = texts.split(), labels.split(), metrics.split()
-    return GlueTask(*words, **{**splits, **others})
+    return GlueTask(*words, **{**splits, "is_numbered": True, **others})
 
 
 _SENTENCES = "sentence1 sentence2"
@@ -67,10 +65,11 @@ TASKS = {
 
 def task_of_files(text_columns: Sequence[str], label_names: Sequence[str]) -> GlueTask:
     """Returns the task of data that have these columns and labels."""
+    regression = ("mse", "pearson", "spearmanr")
     return GlueTask(
         text_columns,
         label_names,
-        REGRESSION_METRICS if len(label_names) == 1 else ("accuracy",),
+        regression if len(label_names) == 1 else ("accuracy",),
         {"validation": ""},
         {"test": "predictions.tsv"},
         writes_names=True,

@@ -239,7 +239,7 @@ class BertForQuestionAnswering(nnx.Module):
 ModelClass = type[BertForSequenceClassification] | type[BertForQuestionAnswering]
 
 
-def check_config(config: BertConfig) -> None:
+def check_config(config: BertConfig, source: Any = "config.json") -> None:
     """Raises a UserError that names what this BERT does not support."""
     problem, size, heads = None, config.hidden_size, config.num_attention_heads
     positions = getattr(config, "position_embedding_type", None)
@@ -252,7 +252,7 @@ def check_config(config: BertConfig) -> None:
     if size % heads:
         problem = f"hidden_size {size}, no multiple of num_attention_heads {heads}"
     if problem is not None:
-        raise UserError(f"config.json has {problem}: this is not supported.")
+        raise UserError(f"{source} has {problem}: this is not supported.")
 
 
 def init_params(

@@ -8,6 +8,7 @@ last part, and linear layers are stored transposed.
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import safetensors.numpy
 from flax import traverse_util
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerBase
 
-from bert_finetune.errors import UserError
+from bert_finetune.errors import UserError, first_line
 from bert_finetune.model import bert
 from bert_finetune.model.torch_checkpoint import read_torch_checkpoint
 
@@ -35,6 +36,11 @@ _NEW_PARTS = {
     "classifier.": "classification head",
     "qa_outputs.": "question-answering head",
 }
+# Names under which BERT's tokenizer is saved.
+_TOKENIZERS = (
+    *("BertTokenizer", "BertTokenizerFast"),
+    *("PreTrainedTokenizerFast", "TokenizersBackend"),
+)
 # What else a checkpoint may hold.
 _IGNORED = {
     r"(cls|classifier|qa_outputs)\.": "a head of another task",
@@ -59,11 +65,14 @@ def load_pretrained(
     *,
     label_names: list[str] | None = None,
     seed: int = 0,
+    task: str = "config.json",
+    ignore_mismatched_sizes: bool = False,
 ) -> Pretrained:
     """Reads config, tokenizer and weights of a model.
 
     ``label_names`` replace the labels of the config, in the order of the logits. The
-    seed initializes what the checkpoint lacks of the pooler and the head.
+    seed initializes what the checkpoint lacks of the pooler and the head, and with
+    ``ignore_mismatched_sizes`` what has another shape. ``task`` is for messages.
     """
     config = read_config(directory)
     if label_names is not None:
@@ -75,9 +84,18 @@ def load_pretrained(
             f"the tokenizer in {directory} has {len(tokenizer)} tokens, more than the "
             f"vocab_size {config.vocab_size} of its config.json."
         )
-    new_params = bert.init_params(config, model_class, seed)
-    params, notes = params_from_tensors(read_tensors(directory), new_params, directory)
-    return Pretrained(params, config, tokenizer, model_class, notes)
+    tensors, notes = read_tensors(directory), []
+    if all(name.startswith("module.") for name in tensors):  # Of torch's DataParallel.
+        tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+        notes.append("Names in the checkpoint begin with module., which is left out.")
+    params, more_notes = params_from_tensors(
+        tensors,
+        bert.init_params(config, model_class, seed),
+        directory,
+        task=task,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+    return Pretrained(params, config, tokenizer, model_class, notes + more_notes)
 
 
 def read_config(directory: Path) -> BertConfig:
@@ -100,8 +118,17 @@ def read_config(directory: Path) -> BertConfig:
     except Exception as error:
         reason = str(error.__cause__ or error).strip()
         raise UserError(f"{path} cannot be used: {reason}") from error
-    bert.check_config(config)
+    bert.check_config(config, path)
     return config
+
+
+def check_pairs(config: BertConfig, source: Any) -> None:
+    """Raises a UserError if the model cannot tell the texts of a pair apart."""
+    if config.type_vocab_size < 2:
+        raise UserError(
+            f"the model in {source} takes single texts, not pairs: its config.json has "
+            f"type_vocab_size {config.type_vocab_size}."
+        )
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -109,29 +136,90 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     names = ("vocab.txt", "tokenizer.json")
     if not any((directory / name).exists() for name in names):
         raise UserError(f"{directory} has no tokenizer: neither {' nor '.join(names)}.")
+    what = f"the tokenizer in {directory}"
     try:
-        return BertTokenizer.from_pretrained(directory)
+        config, model = (
+            json.loads(path.read_text("utf-8")) if path.exists() else {}
+            for path in map(directory.joinpath, ("tokenizer_config.json", names[1]))
+        )
+        name = config.get("tokenizer_class") or "BertTokenizer"
+        if name not in _TOKENIZERS:
+            raise UserError(f"{what} is {name}; only BERT's is supported.")
+        kind = model.get("model", {}).get("type") or "WordPiece"
+        if kind != "WordPiece":
+            raise UserError(f"{what} is a {kind} model; only WordPiece is supported.")
+        tokenizer = BertTokenizer.from_pretrained(directory)
+    except UserError:
+        raise
     except Exception as error:
-        what = f"the tokenizer in {directory} cannot be read"
-        raise UserError(f"{what}: {error}") from error
+        raise UserError(f"{what} cannot be read: {first_line(error)}") from error
+    _check_special_tokens(tokenizer, directory)
+    return tokenizer
+
+
+def _check_special_tokens(tokenizer: Any, directory: Path) -> None:
+    """Rejects a vocabulary without them: they would be added, and shift the others."""
+    vocabulary = directory / "vocab.txt"
+    if not vocabulary.exists() or (directory / "tokenizer.json").exists():
+        return
+    tokens = set(vocabulary.read_text("utf-8").splitlines())
+    needed = (tokenizer.unk_token, tokenizer.cls_token, tokenizer.sep_token)
+    missing = [token for token in (*needed, tokenizer.pad_token) if token not in tokens]
+    if missing:
+        what = f"{vocabulary} has no token {missing[0]}"
+        raise UserError(f"{what}: take the one of the checkpoint.")
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """Reads the weights under the names of the file."""
-    path, torch_path = directory / "model.safetensors", directory / "pytorch_model.bin"
-    if path.exists():
-        try:
-            return safetensors.numpy.load_file(path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-    if torch_path.exists():
-        return read_torch_checkpoint(torch_path)
-    names = f"{path.name} nor {torch_path.name}"
+    for name, read in _WEIGHTS.items():
+        path, index = directory / name, directory / f"{name}.index.json"
+        if path.exists():
+            return read(path)
+        if index.exists():
+            return _read_parts(index, read)
+    names = " nor ".join(_WEIGHTS)
     raise UserError(f"{directory} has no weights: neither {names}.")
 
 
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    except Exception as error:  # Also for a type that NumPy does not have.
+        what = f"{path} cannot be read: {first_line(error)}"
+        raise UserError(f"{what}. Download it again.") from error
+
+
+def _read_parts(
+    index: Path, read: Callable[[Path], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Reads each tensor from the file that an index names."""
+    try:
+        files = {
+            k: str(v) for k, v in json.loads(index.read_text())["weight_map"].items()
+        }
+        parts = {file: read(index.parent / file) for file in sorted({*files.values()})}
+        return {name: parts[file][name] for name, file in files.items()}
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{index} cannot be used: {error!r}"
+        raise UserError(f"{what}. Download it again.") from error
+
+
+_WEIGHTS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+    "model.safetensors": _read_safetensors,
+    "pytorch_model.bin": read_torch_checkpoint,
+}
+
+
 def params_from_tensors(
-    tensors: dict[str, np.ndarray], new_params: bert.Params, source: Any
+    tensors: dict[str, np.ndarray],
+    new_params: bert.Params,
+    source: Any,
+    *,
+    task: str = "config.json",
+    ignore_mismatched_sizes: bool = False,
 ) -> tuple[bert.Params, list[str]]:
     """Fills parameters from the tensors of a checkpoint.
 
@@ -140,7 +228,7 @@ def params_from_tensors(
     """
     tensors = {_canonical_name(name): tensor for name, tensor in tensors.items()}
     flat_params: Any = traverse_util.flatten_dict(new_params, sep=".")
-    problems, ignored, new = [], set(), set()
+    problems, mismatched, ignored, new = [], [], set(), set()
     for path, param in flat_params.items():
         name, is_kernel = _tensor_name(path), path.endswith(".kernel")
         shape = param.shape[::-1] if is_kernel else param.shape
@@ -151,8 +239,10 @@ def params_from_tensors(
                 problems.append(f"{name} is missing")
             else:
                 new.add(f"The checkpoint has no {part}: initialized from the seed.")
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+            problems.append(f"{name} holds {tensor.dtype} numbers")
         elif tensor.shape != shape:
-            problems.append(f"{name} has shape {tensor.shape}, expected {shape}")
+            mismatched.append(f"{name} has shape {tensor.shape}, expected {shape}")
         else:
             tensor = tensor.T if is_kernel else tensor
             flat_params[path] = jnp.asarray(tensor, param.dtype)
@@ -162,11 +252,16 @@ def params_from_tensors(
             problems.append(f"{name} is unknown")
         else:
             ignored.add(f"The checkpoint holds {what}: ignored.")
+    if mismatched and ignore_mismatched_sizes:
+        new |= {f"{what}: initialized from the seed." for what in mismatched}
+    else:
+        problems += mismatched
     if problems:
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        what = f"the weights in {source} do not fit config.json"
-        raise UserError(f"{what}: {shown}{more}.")
+        what = f"the weights in {source} do not fit {task}"
+        hint = " --ignore_mismatched_sizes initializes those of other shapes."
+        raise UserError(f"{what}: {shown}{more}.{hint if mismatched else ''}")
     params = traverse_util.unflatten_dict(flat_params, sep=".")
     return params, [*sorted(ignored), *sorted(new)]
 
@@ -182,7 +277,10 @@ def tensors_from_params(params: bert.Params) -> dict[str, np.ndarray]:
 
 def save_pretrained(directory: Path, model: Pretrained) -> None:
     """Writes a directory that `transformers` loads, each file atomically."""
-    model.config.architectures = [model.model_class.__name__]
+    dtype = jax.tree.leaves(model.params)[0].dtype
+    model.config.update(
+        {"architectures": [model.model_class.__name__], "dtype": dtype.name}
+    )
     tensors = tensors_from_params(model.params)
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -25,18 +25,15 @@ def full_name(name: str) -> str:
 
 
 class Questions(NamedTuple):
-    """The questions of a split: columns id, question, context and answers.
+    """The questions of a split: columns id, question and context, and the answers.
 
     For training, ``spans`` says where in its context each answer begins and ends, or
     ``None`` for a question without one; otherwise it is empty.
     """
 
     dataset: datasets.Dataset
+    answers: list[list[str]]  # Any number for each question; empty for a test split.
     spans: list[tuple[int, int] | None]
-
-    def answers(self) -> list[list[str]]:
-        """Returns the texts of the answers, for each question any number."""
-        return [answers["text"] for answers in self.dataset["answers"]]
 
 
 def load_split(args: QaArguments, split: str, max_samples: int | None) -> Questions:
@@ -47,37 +44,65 @@ def load_split(args: QaArguments, split: str, max_samples: int | None) -> Questi
     """
     file: str | None = getattr(args, f"{split}_file")
     if file is not None:
-        dataset, where = _load_file(file), file
+        source = _load_file(file)
     else:
         assert args.dataset_name is not None, "the flags have been checked"
-        where = f"the {split} split of {args.dataset_name}"
         name = full_name(args.dataset_name)
-        dataset = sources.load(name, args.dataset_config_name, split)
-    others = [] if split == "test" else ["answers"]
-    dataset = sources.select(dataset, _TEXTS, others, max_samples, where)
+        source = sources.load(name, args.dataset_config_name, split)
+    texts = {name: source.texts(name, max_samples) for name in _TEXTS}
+    dataset = sources.dataset_of(texts)
+    answers, where = [], source.where
     if split != "test":
-        _check_answers(dataset, where, args.version_2_with_negative)
+        answers = _load_answers(dataset, source, max_samples)
+        _check_answered(dataset, answers, where, args.version_2_with_negative)
     [(id_, count)] = collections.Counter(dataset["id"]).most_common(1)
     if count > 1 and split != "train":
         raise UserError(f"{where} has more than one question with the id {id_!r}.")
+    if split == "train":
+        return _trainable(dataset, answers, where)
     contexts = zip(dataset["id"], dataset["context"], strict=True)
     blank = [id_ for id_, context in contexts if not context.strip()]
-    fate = "out" if split == "train" else "unanswered"
-    _report(blank, dataset, where, f"are left {fate}: their context has no text")
-    return _trainable(dataset, where) if split == "train" else Questions(dataset, [])
+    _report(blank, dataset, where, "are left unanswered: their context has no text")
+    return Questions(dataset, [[text for text, _ in pairs] for pairs in answers], [])
 
 
-def _check_answers(dataset: datasets.Dataset, where: str, with_negative: bool) -> None:
-    unanswered = []
-    for id_, answers in zip(dataset["id"], dataset["answers"], strict=True):
-        if not _are_answers(answers):
+# The texts of a question's answers, and where in its context each begins.
+_Answers = list[tuple[str, int]]
+
+
+def _load_answers(
+    dataset: datasets.Dataset, source: sources.Source, max_samples: int | None
+) -> list[_Answers]:
+    """Returns the answers, without those that stand for there being none."""
+    found = []
+    ids, flags = dataset["id"][:], [None] * len(dataset)
+    if "is_impossible" in source.columns:
+        values = source.values("is_impossible", max_samples)
+        flags = [flag for _, flag in source.numbered(values)]
+    rows = source.numbered(source.values("answers", max_samples))
+    for id_, is_impossible, (_, value) in zip(ids, flags, rows, strict=True):
+        if is_impossible not in (None, False, True):
+            what = f"is_impossible of question {id_!r} of {source.where}"
+            raise UserError(f"{what} must be true or false, got {is_impossible!r:.80}.")
+        if is_impossible:
+            found.append([])
+            continue
+        if not _are_answers(value):
             raise UserError(
-                f"the answers to question {id_!r} of {where} must be two lists of one "
-                "length, 'text' of texts and 'answer_start' of integers, got "
-                f"{str(answers)[:80]}."
+                f"the answers to question {id_!r} of {source.where} must be two lists "
+                "of one length, 'text' of texts and 'answer_start' of integers, got "
+                f"{str(value)[:80]}."
             )
-        if not answers["text"]:
-            unanswered.append(id_)
+        pairs = zip(value["text"], value["answer_start"], strict=True)
+        found.append([(text, start) for text, start in pairs if text and start != -1])
+    return found
+
+
+def _check_answered(
+    dataset: datasets.Dataset, answers: list[_Answers], where: str, with_negative: bool
+) -> None:
+    pairs = zip(dataset["id"], answers, strict=True)
+    unanswered = [id_ for id_, found in pairs if not found]
     if unanswered and not with_negative:
         raise UserError(
             f"{len(unanswered)} of {len(dataset)} questions of {where} have no answer, "
@@ -89,31 +114,39 @@ def _are_answers(answers: Any) -> bool:
     match answers:
         case {"text": [*texts], "answer_start": [*starts]}:
             pairs = itertools.zip_longest(texts, starts)
-            return all(isinstance(t, str) and isinstance(s, int) for t, s in pairs)
+            return all(isinstance(t, str) and type(s) is int for t, s in pairs)
     return False
 
 
-def _trainable(dataset: datasets.Dataset, where: str) -> Questions:
+def _trainable(
+    dataset: datasets.Dataset, answers: list[_Answers], where: str
+) -> Questions:
     """Returns the questions that can be trained on, each with its first answer."""
-    kept, spans, mismatched = [], [], []
-    rows = zip(dataset["id"], dataset["context"], dataset["answers"], strict=True)
-    for i, (id_, context, answers) in enumerate(rows):
+    kept, spans, blank, mismatched = [], [], [], []
+    rows = zip(dataset["id"], dataset["context"], answers, strict=True)
+    for i, (id_, context, found) in enumerate(rows):
         span = None
         if not context.strip():
+            blank.append(id_)
             continue
-        if answers["text"]:
-            text, first = answers["text"][0], answers["answer_start"][0]
+        if found:
+            text, first = found[0]
             span = (first, first + len(text))
-            if not text or first < 0 or context[slice(*span)] != text:
+            if first < 0 or context[slice(*span)] != text:
                 mismatched.append(id_)
                 continue
         kept.append(i)
         spans.append(span)
-    problem = "their answer does not stand in the context at answer_start"
-    _report(mismatched, dataset, where, f"are left out: {problem}")
     if not kept:
-        raise UserError(f"nothing is left of {where} to train on.")
-    return Questions(dataset.select(kept), spans)
+        raise UserError(
+            f"nothing is left of {where} to train on: {len(blank)} contexts have no "
+            f"text, {len(mismatched)} answers are not in the context at answer_start."
+        )
+    problem = "their answer is not in the context at answer_start"
+    _report(blank, dataset, where, "are left out: their context has no text")
+    _report(mismatched, dataset, where, f"are left out: {problem}")
+    texts = [[text for text, _ in answers[i]] for i in kept]
+    return Questions(dataset.select(kept), texts, spans)
 
 
 def _report(ids: list[str], dataset: Any, where: str, what: str) -> None:
@@ -123,16 +156,17 @@ def _report(ids: list[str], dataset: Any, where: str, what: str) -> None:
         print(f"warning: {count} {what} ({examples}).", file=sys.stderr)
 
 
-def _load_file(path: str) -> datasets.Dataset:
-    if Path(path).suffix in (".jsonl", ".parquet"):
-        return sources.load_files([path])
-    if Path(path).suffix != ".json":
+def _load_file(path: str) -> sources.Source:
+    kind = Path(path).suffix.lower()
+    if kind in (".jsonl", ".parquet"):
+        return sources.load_file(path)
+    if kind != ".json":
         raise UserError(f"{path} must end in .json, .jsonl or .parquet.")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}.") from error
+        content = json.loads(sources.read_text(path))
     except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{path} cannot be read: {error}. (A question on each line is .jsonl.)"
         ) from error
@@ -147,30 +181,21 @@ def _load_file(path: str) -> datasets.Dataset:
             raise UserError(f"{what}: {type(error).__name__}: {error}.") from error
     if not rows:
         raise UserError(f"{path} is empty.")
-    try:
-        return datasets.Dataset.from_list(rows)
-    except (ValueError, OverflowError) as error:  # Of pyarrow and Unicode, too.
-        raise UserError(f"{path} cannot be read: {error}") from error
+    names = (*_TEXTS, "answers", "is_impossible")
+    return sources.Source(
+        {name: [row.get(name) for row in rows] for name in names}, path
+    )
 
 
 def _questions_of(article: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the questions of an article, or the one of a row as the hub has it."""
     if "paragraphs" not in article:
-        yield _row(article, article["context"], article.get("answers"))
+        yield {**article, "id": article["id"]}
         return
     for paragraph in article["paragraphs"]:
         for question in paragraph["qas"]:
             answers, names = question.get("answers"), ("text", "answer_start")
             if answers is not None:
                 answers = {name: [answer[name] for answer in answers] for name in names}
-            yield _row(question, paragraph["context"], answers)
-
-
-def _row(question: Mapping[str, Any], context: Any, answers: Any) -> dict[str, Any]:
-    row = {"id": question["id"], "question": question["question"], "context": context}
-    for name, text in row.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{name} of question {question['id']!r} is not a text")
-    if answers is not None and not _are_answers(answers):
-        raise ValueError(f"answers of question {question['id']!r} are {answers!r:.80}")
-    return {**row, "answers": answers}
+            row = {"id": question["id"], "context": paragraph["context"]}
+            yield {**question, **row, "answers": answers}

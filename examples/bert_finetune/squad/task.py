@@ -34,7 +34,14 @@ class QuestionAnswering:
 
     def __init__(self, args: QaArguments):
         directory = hub.resolve_model(args.model_name_or_path)
-        model = pretrained.load_pretrained(directory, _MODEL_CLASS, seed=args.seed)
+        model = pretrained.load_pretrained(
+            directory,
+            _MODEL_CLASS,
+            seed=args.seed,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+        )
+        pretrained.check_pairs(model.config, directory)
+        model.config.problem_type = None
         self.args, self.model = args, model
         groups = _GROUPS if args.version_2_with_negative else []
         check_flags(args, model, [*_METRICS[args.version_2_with_negative], *groups])
@@ -56,7 +63,7 @@ class QuestionAnswering:
     def _check_group_of_best_metric(self, questions: Questions) -> None:
         name = self.args.metric_for_best_model
         for group, has_answer in {"HasAns_": True, "NoAns_": False}.items():
-            if group in name and has_answer not in map(bool, questions.answers()):
+            if group in name and has_answer not in map(bool, questions.answers):
                 raise UserError(
                     f"--metric_for_best_model {name}: no question of the evaluation "
                     f"data has {'an' if has_answer else 'no'} answer."
@@ -98,7 +105,7 @@ class QuestionAnswering:
         found = self._answers(questions, chunks, params)
         seconds = time.perf_counter() - started
         self._write(questions, found, "")
-        golds, texts = questions.answers(), [answer.text for answer in found]
+        golds, texts = questions.answers, [answer.text for answer in found]
         if args.version_2_with_negative:
             best_texts = [answer.best_text for answer in found]
             odds = [a.null_odds for a in found if a.null_odds is not None]

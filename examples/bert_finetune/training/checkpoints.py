@@ -54,11 +54,11 @@ def open_manager(
     """Opens the checkpoints of a directory.
 
     It keeps the newest ``limit``, and the best by ``best_metric``: the lowest if that
-    is a loss, otherwise the highest.
+    is a loss or an error, otherwise the highest.
     """
     policies: Any = ocp.checkpoint_managers
     keep = [policies.LatestN(limit)]
-    lowest = best_metric is not None and best_metric.endswith("loss")
+    lowest = best_metric is not None and best_metric.endswith(("loss", "mse"))
     worst = math.inf if lowest else -math.inf
 
     def best_fn(results: Mapping[str, float]) -> float:
@@ -73,12 +73,15 @@ def open_manager(
         preservation_policy=policies.AnyPreservationPolicy(keep),
         best_fn=best_fn if best_metric is not None else None,
         best_mode="min" if lowest else "max",
-        cleanup_tmp_directories=not read_only,
+        cleanup_tmp_directories=True,
         # An error shows in `save`, which the loop survives.
         enable_async_checkpointing=False,
         save_root_metadata=False,
-        read_only=read_only,
     )
+    if read_only:  # Orbax's own flag logs warnings; nothing is written without it.
+        options = ocp.CheckpointManagerOptions(
+            step_name_format=_Names(), create=False, save_root_metadata=False
+        )
     return ocp.CheckpointManager(
         directory.absolute(), options=options, item_names=("state", "loop")
     )

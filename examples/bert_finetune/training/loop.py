@@ -274,12 +274,12 @@ def _restore(
             print(f"{path} cannot be read: {reason} It is skipped.", file=sys.stderr)
             continue
         print(f"Resuming from {path}.")
-        # Those after it are written again, and must not count as the newest.
-        for later in [other for other in manager.all_steps() if other > step]:
-            manager.delete(later)
-        is_own = path.parent == Path(run.task.args.output_dir).absolute()
-        if is_own and not (path / "model.safetensors").exists():
-            _save_model(run.task, state.params, path)  # The run was killed before this.
+        if path.parent == Path(run.task.args.output_dir).absolute():
+            # Those after it are written again, and must not count as the newest.
+            for later in [other for other in manager.all_steps() if other > step]:
+                manager.delete(later)
+            if not (path / "model.safetensors").exists():  # Killed before this.
+                _save_model(run.task, state.params, path)
         if not saved["has_window"]:
             print("It holds no window: M-FAC starts with an empty one.")
         return state, saved
@@ -307,8 +307,9 @@ def _check_same_run(run: Run, saved: Mapping[str, Any], path: Path) -> None:
         if saved.get(name, value) != value:
             raise UserError(
                 f"{path} is of another run: {name} was {saved[name]!r} there and is "
-                f"{value!r} now. Give another --output_dir, or --overwrite_output_dir "
-                "to start over."
+                f"{value!r} now. To start a new run from its weights, give it as "
+                "--model_name_or_path, without --resume_from_checkpoint, and another "
+                "--output_dir."
             )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,12 @@ def locked(args: Arguments) -> Iterator[Path]:
             "another directory."
         ) from error
     with lock:
-        yield directory
+        try:
+            yield directory
+        except UserError:
+            if [path.name for path in directory.iterdir()] == [_LOCK]:
+                shutil.rmtree(directory)  # As it was before.
+            raise
 
 
 def _check_contents(args: Arguments, directory: Path) -> None:

@@ -19,6 +19,7 @@ def make_schedule(args: Arguments, peak: float, num_steps: int) -> optax.Schedul
         "linear": optax.linear_schedule(peak, 0.0, num_decay),
         "cosine": optax.cosine_decay_schedule(peak, num_decay),
         "constant": optax.constant_schedule(peak),
+        "constant_with_warmup": optax.constant_schedule(peak),
     }[args.lr_scheduler_type]
     if num_warmup == 0:
         return schedule
