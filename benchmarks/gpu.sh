@@ -21,7 +21,8 @@ small=${SMALL:-}
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mfac_jax
-export PYTHONPATH=$PWD:$PWD/examples:$cache/kernels HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD:$PWD/examples:$cache/kernels${PYTHONPATH:+:$PYTHONPATH}
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$cache/xla}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 # Programs run side by side.

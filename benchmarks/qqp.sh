@@ -12,7 +12,7 @@ if [ $# -lt 5 ]; then
 fi
 results=$1 model=$2 data=$3 epochs=$4 seeds=$5 seconds=${6:-540}
 here=$(dirname "$0")
-export PYTHONPATH=$here/.. PYTHONUNBUFFERED=1
+export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # Not SIGTERM, for which a run would save its window of gigabytes.
 timeout --signal KILL "$seconds" "${PYTHON:-python}" "$here/../examples/run_seeds.py" \
   --seeds "$seeds" --optims 'MFAC={"num_grads": 1024, "damp": 1e-6}' adamw -- \

@@ -37,7 +37,7 @@ def start(root, *flags, model="model", output_dir="out"):
     return Classification(args)
 
 
-def labelled(root, name, labels, **config):
+def with_labels(root, name, labels, **config):
     """Writes a model that knows these labels."""
     by_number = {"id2label": {str(i): label for i, label in enumerate(labels)}}
     weights = toy_bert.tensors(num_labels=len(labels))
@@ -92,7 +92,7 @@ def test_texts_of_numbers_reach_the_model(root, tmp_path):
     "names", [["EQUIVALENT", "NOT_EQUIVALENT"], ["equivalent", "not_equivalent"]]
 )
 def test_case_does_not_matter_in_labels(root, names, train):
-    model = labelled(root, f"{names[0]}", names)
+    model = with_labels(root, f"{names[0]}", names)
     action = "--do_train" if train else "--do_eval"
     task = start(root, "--task_name=mrpc", action, model=model)
     assert list(task.model.config.id2label.values()) == names
@@ -104,7 +104,7 @@ def test_case_does_not_matter_in_labels(root, names, train):
 
 
 def test_numbers_are_the_labels_of_a_model_without_names(root, tmp_path):
-    model = labelled(root, "generic", ["LABEL_0", "LABEL_1"])
+    model = with_labels(root, "generic", ["LABEL_0", "LABEL_1"])
     path = write(tmp_path / "a.csv", "sentence,label\ngood,1\nbad,0\n")
     task = start(root, "--do_eval", f"--validation_file={path}", model=model)
     assert task._eval_features["validation"].targets["labels"].tolist() == [1, 0]
@@ -113,7 +113,7 @@ def test_numbers_are_the_labels_of_a_model_without_names(root, tmp_path):
 
 
 def test_labels_of_another_task_are_reported(root):
-    model = labelled(root, "mrpc", ["not_equivalent", "equivalent"])
+    model = with_labels(root, "mrpc", ["not_equivalent", "equivalent"])
     task = start(root, "--task_name=rte", "--do_eval", model=model)
     assert any(
         "trained on other labels (not_equivalent, equivalent) than those of rte" in note
@@ -126,7 +126,7 @@ def test_labels_of_another_task_are_reported(root):
 @pytest.mark.parametrize(("name", "number"), [("rte", 2), ("stsb", 1)])
 def test_the_head_of_another_task(root, name, number):
     """GLUE's usual recipe: RTE and STS-B start from MNLI."""
-    model = labelled(root, "mnli", ["entailment", "neutral", "contradiction"])
+    model = with_labels(root, "mnli", ["entailment", "neutral", "contradiction"])
     flags = [f"--task_name={name}", "--do_train"]
     message = (
         rf"do not fit {name} \({number} label.*has shape \(3, 16\), expected "
