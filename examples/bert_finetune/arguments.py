@@ -18,14 +18,12 @@ T = TypeVar("T")
 _OTHER_NAMES = {
     "evaluation_strategy": "eval_strategy",
     "fp16": "bf16",
-    "half_precision_backend": "bf16",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "batch_size": "per_device_train_batch_size",
     "max_length": "max_seq_length",
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
-    "logging_strategy": "logging_steps",
 }
 
 
