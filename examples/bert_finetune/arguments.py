@@ -221,6 +221,11 @@ class GlueArguments(Arguments):
         super().check()
         if self.dataset_name is None:
             self._check_files("task_name, --dataset_name")
+        if self.task_name is not None and self.dataset_config_name is not None:
+            raise UserError(
+                f"--dataset_config_name {self.dataset_config_name} has no effect with "
+                f"--task_name {self.task_name}: give one of them."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

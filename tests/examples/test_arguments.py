@@ -148,6 +148,7 @@ def test_all_flags_can_be_in_a_file(tmp_path):
             "--do_eval needs --task_name, --dataset_name or --validation_file",
         ),
         ("--train_file a.csv --eval_strategy epoch", "--do_eval needs --task_name, "),
+        ("--task_name qqp --dataset_config_name a", "a has no effect with --task_name"),
         (
             "--train_file a.csv --do_predict",
             "--do_predict needs --task_name, --dataset_name or --test_file",

@@ -256,6 +256,10 @@ def test_checkpoints_of_another_run_are_refused_and_kept(root, tmp_path, unbroke
     ):
         run_glue.main(command(root, tmp_path / "new", *flags))
     assert not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UserError, match="is of another run"):
+        run_glue.main(command(root, tmp_path / "new", *flags))
+    assert (tmp_path / "new").is_dir()
     with pytest.raises(UserError, match="there is no checkpoint in"):
         run_glue.main(
             command(root, tmp_path / "new", "--resume_from_checkpoint", "last")

@@ -108,7 +108,7 @@ def load(name: str, config: str | None, split: str) -> Source:
     where = f"the {split} split of {f'{config} in ' if config else ''}{name}"
     directory = Path(name)
     if not directory.is_dir():
-        return Source(_load_from_hub(name, config, split), where)
+        return _with_rows(Source(_load_from_hub(name, config, split), where))
     pattern = f"{split}-*.parquet"
     folders = [config] if config else [".", "*"]
     files = [file for f in folders for file in sorted(directory.glob(f"{f}/{pattern}"))]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ def locked(args: Arguments) -> Iterator[Path]:
     would mix with its contents.
     """
     directory = Path(args.output_dir)
+    is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -51,8 +51,10 @@ def locked(args: Arguments) -> Iterator[Path]:
         try:
             yield directory
         except UserError:
-            if [path.name for path in directory.iterdir()] == [_LOCK]:
-                shutil.rmtree(directory)  # As it was before.
+            # A run that wrote nothing leaves nothing behind.
+            if is_new and [path.name for path in directory.iterdir()] == [_LOCK]:
+                (directory / _LOCK).unlink()
+                directory.rmdir()
             raise
 
 
