@@ -1,6 +1,7 @@
 """M-FAC, a matrix-free second-order optimizer, for Optax."""
 
 from mfac_jax import windows
+from mfac_jax._adam_mfac import ScaleByAdamMFACState, adam_mfac, scale_by_adam_mfac
 from mfac_jax._checkpoints import drop_windows, refill_windows
 from mfac_jax._diagnostics import diagnostics, window_nbytes, window_table
 from mfac_jax._inverse_product import inverse_fisher_vector_product
@@ -18,14 +19,17 @@ __all__ = [
     "DenseWindow",
     "Int8Window",
     "RowSparseWindow",
+    "ScaleByAdamMFACState",
     "ScaleByMFACState",
     "TopKWindow",
+    "adam_mfac",
     "compact_windows",
     "diagnostics",
     "drop_windows",
     "inverse_fisher_vector_product",
     "mfac",
     "refill_windows",
+    "scale_by_adam_mfac",
     "scale_by_mfac",
     "window_nbytes",
     "window_table",

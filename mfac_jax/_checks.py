@@ -15,6 +15,10 @@ POSITIVE = (
     "must be positive and finite: at 0 the Fisher is singular",
     lambda x: 0 < x < math.inf,
 )
+# What other hyper-parameters must be, for check_number.
+RATE = ("must be in [0, 1)", lambda x: 0 <= x < 1)
+DECAY = ("must be finite and at least 0", lambda x: 0 <= x < math.inf)
+EPSILON = ("must be positive and finite", lambda x: 0 < x < math.inf)
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -84,7 +88,7 @@ def check_learning_rate(value: Any) -> Any:
     if value is None or (holds_arrays and not _is_schedule(value)):
         raise TypeError(
             f"learning_rate must be a number or a schedule, got {_described(value)}. "
-            "Parameters are passed to init: mfac(learning_rate).init(params)."
+            "Parameters are passed to init: optimizer(learning_rate).init(params)."
         )
     return check_scalar("learning_rate", value, "must be finite", math.isfinite)
 

@@ -7,27 +7,16 @@ https://arxiv.org/abs/2107.03356 (the dynamic algorithm).
 
 # No `from __future__ import annotations` here: Optax's contract suite compares the
 # annotation of `learning_rate` with the object `optax.ScalarOrSchedule`.
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import lax
 
-from mfac_jax import _checks, _solve
-from mfac_jax._state import ScaleByMFACState, check_kind, check_state, match_windows
+from mfac_jax import _checks, _step
 from mfac_jax._transforms import add_decay, average_steps, keep_dtypes, value_at
 from mfac_jax.windows import Window, WindowFn
-from mfac_jax.windows._choice import (
-    check_supported,
-    check_window,
-    choose_windows,
-    named_leaves,
-)
-from mfac_jax.windows._groups import group_leaves
-from mfac_jax.windows._storage import saturating_add
+from mfac_jax.windows._choice import check_window, named_leaves
 
 
 def scale_by_mfac(
@@ -144,108 +133,22 @@ def _scale_by_mfac(
     damp = _checks.check_damp(damp)
     check_window(window)
 
+    def damp_at(count, dtype):
+        return value_at(damp, count, dtype)
+
     def init_fn(params):
-        leaves, decays = _parameters(params), decays_of(params)
-        windows = {}
-        for path, spec in choose_windows(window, leaves).items():
-            check_supported(path, leaves[path], spec, decays.get(path, 0.0))
-            windows[path] = spec.init(leaves[path], num_grads)
-            check_kind(path, windows[path])
-        is_wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(windows))
-        dtype = jnp.float64 if is_wide else jnp.float32
-        initial_damp = value_at(damp, jnp.zeros((), jnp.int32), dtype)
-        return ScaleByMFACState(
-            count=jnp.zeros((), jnp.int32),
-            index=jnp.zeros((), jnp.int32),
-            gram=jnp.zeros((num_grads, num_grads), dtype),
-            inverse=_solve.initial_inverse(num_grads, initial_damp),
-            # optax.tree.map_params calls init with a tree without leaves to learn which
-            # parts of a state are shaped like the parameters. No window is; a single
-            # array in the place of all tells it so.
-            window=windows or jnp.zeros(()),
-            # A copy: a donated step would delete an array of the caller.
-            damp=jnp.array(initial_damp, copy=True),
-            num_raised=jnp.zeros((), jnp.int32),
-            num_rejected=jnp.zeros((), jnp.int32),
-            num_saturated=jnp.zeros((), jnp.int32),
-        )
+        return _step.init_state(params, num_grads, damp_at, window, decays_of(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        check_state(state, num_grads)
-        dtype, index = state.gram.dtype, state.index
-        treedef = jax.tree.structure(updates)
-        leaves = match_windows(updates, state.window)
-        paths, leaves = list(leaves), list(leaves.values())
-        stored = [state.window[path] for path in paths]
-        groups = group_leaves(stored)
-        grads, windows = groups.pack(leaves), groups.pack_windows(stored)
 
-        # 1. The newest row of G is the gradient as the window stores it. It is written
-        #    last, from a value that depends on both passes: written first, XLA would
-        #    copy the window.
-        encoded = [w.encode(g, dtype) for w, g in zip(windows, grads, strict=True)]
-        squared_norm = sum(
-            (jnp.sum(jnp.square(e.vector)) for e in encoded),
-            start=jnp.zeros((), dtype),
-        )
-        finite = jnp.isfinite(squared_norm)
-        for g in grads:
-            finite &= jnp.all(jnp.isfinite(g))
-        # 2. The new row and column of K: the first pass over the window. By
-        #    Cauchy-Schwarz products of rows with finite squared norms are finite.
-        products = sum(
-            (
-                w.products(e.vector, dtype)
-                for w, e in zip(windows, encoded, strict=True)
-            ),
-            start=jnp.zeros(num_grads, dtype),
-        )
-        is_newest = jnp.arange(num_grads, dtype=index.dtype) == index
-        products = jnp.where(is_newest, squared_norm, products)
-        products = jnp.where(finite, products, 0)
-        gram = _with_row(state.gram, index, products)
-        # 3. Solve (m λ I + K) c = e_i.
-        solution = _solve.solve_for_row(
-            gram, state.inverse, index, value_at(damp, state.count, dtype)
-        )
-        # 4. The direction m Gᵀ c: the second pass.
-        newest = num_grads * solution.coefficients[index]
-        others = jnp.where(is_newest, 0, num_grads * solution.coefficients)
-        directions = [
-            w.combine(others, newest * e.vector)
-            for w, e in zip(windows, encoded, strict=True)
-        ]
-        # 5. Only what is finite is returned and remembered.
-        accepted = finite
-        for direction in directions:
-            accepted &= jnp.all(jnp.isfinite(direction))
-        directions = groups.unpack(
-            [jnp.where(accepted, direction, 0) for direction in directions], leaves
-        )
-        narrowed = [
-            _saturating_cast(direction, leaf.dtype)
-            for direction, leaf in zip(directions, leaves, strict=True)
-        ]
-        saturated = jnp.any(jnp.array([any_saturated for _, any_saturated in narrowed]))
-        stored = groups.unpack_windows(
-            [
-                w.write(index, e.row, accepted)
-                for w, e in zip(windows, encoded, strict=True)
-            ]
-        )
-        row = jnp.where(accepted, products, state.gram[index])
-        return treedef.unflatten(x for x, _ in narrowed), ScaleByMFACState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            index=jnp.where(accepted, (index + 1) % num_grads, index),
-            gram=_with_row(state.gram, index, row),
-            inverse=jnp.where(accepted, solution.inverse, state.inverse),
-            window=dict(zip(paths, stored, strict=True)) or state.window,
-            damp=jnp.where(accepted, solution.damp, state.damp),
-            num_raised=_add_if(accepted & solution.raised, state.num_raised),
-            num_rejected=_add_if(~accepted, state.num_rejected),
-            num_saturated=_add_if(saturated, state.num_saturated),
-        )
+        def system_of(gram):
+            return _step.System(
+                damp_at(state.count, gram.dtype), None, lambda damp: num_grads
+            )
+
+        updates, state, _ = _step.precondition(updates, state, num_grads, system_of)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -350,18 +253,9 @@ def mfac(
     """
     learning_rate = _checks.check_learning_rate(learning_rate)
     num_grads = _checks.check_num_grads(num_grads, ("num_grads", "mask", "window"))
-    beta = _checks.check_scalar(
-        "momentum",
-        0.0 if momentum is None else momentum,
-        "must be in [0, 1)",
-        lambda x: 0 <= x < 1,
-    )
-    weight_decay = _checks.check_scalar(
-        "weight_decay",
-        weight_decay,
-        "must be finite and at least 0",
-        lambda x: 0 <= x < math.inf,
-    )
+    beta = 0.0 if momentum is None else momentum
+    beta = _checks.check_scalar("momentum", beta, *_checks.RATE)
+    weight_decay = _checks.check_scalar("weight_decay", weight_decay, *_checks.DECAY)
     has_momentum = isinstance(beta, jax.Array) or beta != 0
 
     def decays_of(params):
@@ -379,40 +273,3 @@ def mfac(
         keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )
     return optax.GradientTransformationExtraArgs(chain.init, chain.update)
-
-
-def _parameters(params: Any) -> dict[str, Any]:
-    """Returns the leaves to optimize by their paths, Python floats as arrays."""
-    leaves = named_leaves(params)
-    for path, leaf in leaves.items():
-        _checks.check_parameter(path, leaf)
-    return {
-        path: jnp.asarray(leaf) if isinstance(leaf, float) else leaf
-        for path, leaf in leaves.items()
-    }
-
-
-def _with_row(gram: jax.Array, index: jax.Array, row: jax.Array) -> jax.Array:
-    """Replaces row and column ``index``.
-
-    Uses two slice updates: XLA's partitioner miscompiles ``.at[index].set`` for a
-    sharded row (jax 0.10.2).
-    """
-    gram = lax.dynamic_update_index_in_dim(gram, row, index, 0)
-    return lax.dynamic_update_index_in_dim(gram, row, index, 1)
-
-
-def _saturating_cast(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Casts to ``dtype``; values too large for a narrower one become its largest.
-
-    Also returns whether there were any.
-    """
-    if jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
-        return x.astype(dtype), jnp.zeros((), bool)
-    largest = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
-    clipped = jnp.clip(x, -largest, largest)
-    return clipped.astype(dtype), jnp.any(clipped != x)
-
-
-def _add_if(condition: jax.Array, total: jax.Array) -> jax.Array:
-    return saturating_add(total, condition.astype(total.dtype))

@@ -69,6 +69,7 @@ work. :func:`_inverse_factor_by_halves` leaves LAPACK only blocks that it comput
 one thread.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -91,7 +92,7 @@ class Solution(NamedTuple):
     """The coefficients of a direction and the damping they belong to.
 
     Attributes:
-      coefficients: ``c`` with ``(m λ I + K) c = e_i``, shape ``(m,)``.
+      coefficients: ``c`` with ``(m λ I + K) c = e``, shape ``(m,)``.
       inverse: ``(m λ I + K)⁻¹``, shape ``(m, m)``.
       damp: the damping ``λ`` of that system, shape ``()``.
       raised: whether ``λ`` is above the one asked for, shape ``()``, boolean.
@@ -109,9 +110,13 @@ def initial_inverse(num_grads: int, damp: jax.Array) -> jax.Array:
 
 
 def solve_for_row(
-    gram: jax.Array, inverse: jax.Array, index: jax.Array, damp: jax.Array
+    gram: jax.Array,
+    inverse: jax.Array,
+    index: jax.Array,
+    damp: jax.Array,
+    weights: jax.Array | None = None,
 ) -> Solution:
-    """Solves ``(m λ I + K) c = e_index`` for the least damping that can be resolved.
+    """Solves ``(m λ I + K) c = e`` for the least damping that can be resolved.
 
     Args:
       gram: the Gram matrix ``K``, shape ``(m, m)``; its dtype is that of the solve.
@@ -120,6 +125,8 @@ def solve_for_row(
         accuracy.
       index: the row of the window that is new and preconditioned, int32 scalar.
       damp: the requested damping ``λ``, a scalar of ``gram``'s dtype.
+      weights: the right-hand side ``e``, shape ``(m,)``; ``None`` is ``e_index``. The
+        damping is resolved for ``e_index``, whatever the weights.
 
     Returns:
       The coefficients, always finite, with the damping that was used: ``damp``
@@ -139,31 +146,44 @@ def solve_for_row(
         resolved = _is_resolved(gram, index, coefficients, residual)
         return attempts + 1, damp, coefficients, half, resolved
 
+    def rounding(solution, largest):
+        # The Gram matrix itself is not known better than this.
+        return eps * largest * jnp.sum(jnp.abs(solution))
+
     coefficients, residual = _solve_from_previous(gram, inverse, index, damp, unit)
-    # The Gram matrix itself is not known better than this.
-    rounding = eps * largest * jnp.sum(jnp.abs(coefficients))
     is_accurate = (
-        (jnp.max(jnp.abs(residual)) <= rounding)
+        (jnp.max(jnp.abs(residual)) <= rounding(coefficients, largest))
         & (coefficients[index] > 0)
         & _is_resolved(gram, index, coefficients, residual)
     )
+    updated = _without(inverse, index) + _square(coefficients, index)
+    if weights is None:
+        solution = coefficients
+    else:
+        # An inverse of another damping can solve for one row and for no other.
+        solution, residual = _refined(
+            lambda x: _product(updated, x), gram, damp, weights
+        )
+        shifted = largest + num_grads * damp
+        is_accurate &= jnp.max(jnp.abs(residual)) <= rounding(solution, shifted)
 
     def update():
-        new_inverse = _without(inverse, index) + _square(coefficients, index)
         # False, of the type that shard_map wants of both branches.
-        return Solution(coefficients, new_inverse, damp, ~is_accurate)
+        return Solution(solution, updated, damp, ~is_accurate)
 
     def factorize():
-        attempts, used, solution, half, resolved = lax.while_loop(
+        attempts, used, found, half, resolved = lax.while_loop(
             lambda state: ~state[-1] & (state[0] <= _MAX_RAISES),
             attempt,
             # Under vmap both branches run: an accurate solution needs no attempt.
             (jnp.zeros((), jnp.int32), damp, coefficients, inverse, is_accurate),
         )
+        if weights is not None:
+            found, _ = _refined(_by_factor(half), gram, used, weights)
         raised = attempts > 1
         # The inverse of a raised damping would not help the next step.
         new_inverse = lax.cond(raised, lambda: inverse, lambda: _product(half.T, half))
-        return Solution(jnp.where(resolved, solution, 0), new_inverse, used, raised)
+        return Solution(jnp.where(resolved, found, 0), new_inverse, used, raised)
 
     return lax.cond(is_accurate, update, factorize)
 
@@ -240,17 +260,31 @@ def _refined_solve(
 
     Returns solution, residual and the inverse of the Cholesky factor.
     """
-    shift, half = gram.shape[0] * damp, _inverse_factor(gram, damp)
+    half = _inverse_factor(gram, damp)
+    solution, residual = _refined(_by_factor(half), gram, damp, rhs)
+    return solution, residual, half
+
+
+def _by_factor(half: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Returns the product with the inverse whose Cholesky factor is ``half``."""
+    return lambda x: _product(half.T, _product(half, x))
+
+
+def _refined(
+    apply_inverse: Callable[[jax.Array], jax.Array],
+    gram: jax.Array,
+    damp: jax.Array,
+    rhs: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Solves by an approximate inverse, refines once; also returns the residual."""
+    shift = gram.shape[0] * damp
 
     def residual(solution):
         return rhs - (_product(gram, solution) + shift * solution)
 
-    def solve(rhs):
-        return _product(half.T, _product(half, rhs))
-
-    solution = solve(rhs)
-    solution = solution + solve(residual(solution))
-    return solution, residual(solution), half
+    solution = apply_inverse(rhs)
+    solution = solution + apply_inverse(residual(solution))
+    return solution, residual(solution)
 
 
 def _inverse_factor(gram: jax.Array, damp: jax.Array) -> jax.Array:

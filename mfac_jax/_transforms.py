@@ -45,7 +45,7 @@ def average_steps(momentum: optax.ScalarOrSchedule) -> optax.GradientTransformat
 def add_decay(
     weight_decay: optax.ScalarOrSchedule, mask: Any
 ) -> optax.GradientTransformation:
-    """Adds coupled decay, for which the number 0 needs no parameters."""
+    """Adds the decay of weights, for which the number 0 needs no parameters."""
     inner = keep_dtypes(optax.add_decayed_weights(weight_decay, mask))
 
     def update_fn(updates, state, params=None):

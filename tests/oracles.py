@@ -49,3 +49,25 @@ def ring_windows(gradients, num_grads):
     for step, gradient in enumerate(gradients):
         window[step % num_grads] = gradient
         yield window.copy(), step % num_grads
+
+
+def in_adams_metric(gradients, b2, eps):
+    """Yields ``D^-½ g`` and ``D^-½`` of each gradient, ``D = √ν̂ + ε``."""
+    average = 0.0
+    for step, gradient in enumerate(np.asarray(gradients, np.float64), start=1):
+        average = b2 * average + (1 - b2) * gradient**2
+        root = 1 / np.sqrt(np.sqrt(average / (1 - b2**step)) + eps)
+        yield root * gradient, root
+
+
+def adam_mfac_update(rows, root, b1, shift):
+    """The update from the stored rows, oldest first, with the matrix formed.
+
+    ``shift`` is ``ρ κ``, which the Fisher matrix has on its diagonal.
+    """
+    rows = np.asarray(rows, np.float64)
+    weights = b1 ** np.arange(len(rows) - 1, -1, -1.0)
+    momentum = weights @ rows / np.sum(weights)
+    fisher = shift * np.eye(rows.shape[1]) + rows.T @ rows
+    mean = np.mean(np.sum(rows**2, axis=1))
+    return (mean + shift) * root * np.linalg.solve(fisher, momentum)

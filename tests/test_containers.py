@@ -32,8 +32,20 @@ KINDS = {
     "topk": mfac_jax.TopKWindow(0.5),
     "float8": Float8Window(),
 }
+# M-FAC with each kind, and in Adam's metric with one.
+OPTIMIZERS = {
+    kind: (
+        mfac_jax.mfac,
+        {"learning_rate": 0.1, "damp": 1e-2, "momentum": 0.5, "window": window},
+    )
+    for kind, window in KINDS.items()
+} | {
+    "adam_mfac": (
+        mfac_jax.adam_mfac,
+        {"learning_rate": 0.1, "window": KINDS["compact"]},
+    )
+}
 STATIC = ("num_grads", "mask", "window")
-HYPERPARAMS = {"learning_rate": 0.1, "damp": 1e-2, "momentum": 0.5}
 NUM_STEPS = 3
 
 
@@ -62,7 +74,8 @@ def new_params():
 
 
 def mfac(kind):
-    return mfac_jax.mfac(num_grads=2, window=KINDS[kind], **HYPERPARAMS)
+    factory, arguments = OPTIMIZERS[kind]
+    return factory(num_grads=2, **arguments)
 
 
 def jitted_step(opt):
@@ -190,10 +203,9 @@ def equinox(kind):
 
 
 def inject_hyperparams(kind):
-    inject = optax.inject_hyperparams(
-        mfac_jax.mfac, STATIC, hyperparam_dtype=jnp.float32
-    )
-    opt = inject(num_grads=2, window=KINDS[kind], **HYPERPARAMS)
+    factory, arguments = OPTIMIZERS[kind]
+    inject = optax.inject_hyperparams(factory, STATIC, hyperparam_dtype=jnp.float32)
+    opt = inject(num_grads=2, **arguments)
     params = new_params()
     return run(opt, params, opt.init(params))[0]
 
@@ -206,7 +218,7 @@ def optax_tree(kind):
         optax.tree.get(state, "ScaleByMFACState"), mfac_jax.ScaleByMFACState
     )
     state = optax.tree.set(state, damp=optax.tree.get(state, "damp"))
-    # Only the average of the steps is shaped like the parameters.
+    # One part is shaped like the parameters: the average of the steps, or of squares.
     seen = []
     state = optax.tree.map_params(
         opt,
@@ -219,8 +231,9 @@ def optax_tree(kind):
     marked = optax.tree.map_params(
         opt, lambda _: "param", state, transform_non_params=lambda _: "other"
     )
-    assert marked[1].window == marked[1].gram == "other"
-    assert marked[2].average == dict.fromkeys(params, "param")
+    assert optax.tree.get(marked, "window") == optax.tree.get(marked, "gram") == "other"
+    averages = optax.tree.get(marked, "nu" if kind == "adam_mfac" else "average")
+    assert averages == dict.fromkeys(params, "param")
     return run(opt, params, state, slice(1, None), step)[0]
 
 
@@ -236,7 +249,7 @@ CONTAINERS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_three_updates_are_those_of_a_plain_loop(container, kind):
     params = CONTAINERS[container](kind)
@@ -265,7 +278,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("how", SAVED)
 def test_a_restored_state_is_the_same_to_the_bit_and_continues(how, kind, tmp_path):
     opt, params = mfac(kind), new_params()

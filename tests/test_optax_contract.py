@@ -1,4 +1,4 @@
-"""Optax's own contract suite for contributed optimizers, run against ``mfac``.
+"""Optax's own contract suite for contributed optimizers, run against ours.
 
 The suite stands in the wheel of Optax, with its list of optimizers expanded when the
 file is executed; so it is executed here with our entry in place of that list.
@@ -16,22 +16,24 @@ import mfac_jax
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+# With a small damping a step is bounded by about lr · m / |g|, and near an optimum
+# stability wants lr / damp < 2 / L: hence the large damping of these toy problems.
+MFAC = {"learning_rate": 0.1, "num_grads": 8, "damp": 100.0}
+ADAM_MFAC = {"learning_rate": 0.1}
 # The sparse ones leave something out of the gradients: of matrices, or of all.
-WINDOWS = {
-    "Dense": mfac_jax.DenseWindow(),
-    "Int8": mfac_jax.Int8Window(),
-    "RowSparse": mfac_jax.RowSparseWindow(1),
-    "TopK": mfac_jax.TopKWindow(0.5),
+OPTIMIZERS = {
+    "Dense": ("mfac", MFAC | {"window": mfac_jax.DenseWindow()}),
+    "Int8": ("mfac", MFAC | {"window": mfac_jax.Int8Window()}),
+    "RowSparse": ("mfac", MFAC | {"window": mfac_jax.RowSparseWindow(1)}),
+    "TopK": ("mfac", MFAC | {"window": mfac_jax.TopKWindow(0.5)}),
+    "AdamMFAC": ("adam_mfac", ADAM_MFAC),
 }
 
 
-def load_contract_suite(window):
-    # With a small damping a step is bounded by about lr · m / |g|, and near an optimum
-    # stability wants lr / damp < 2 / L: hence the large damping of these toy problems.
-    hyperparams = {"learning_rate": 0.1, "num_grads": 8, "damp": 100.0}
+def load_contract_suite(name, hyperparams):
     entry = {
-        "opt_name": "mfac",
-        "opt_kwargs": hyperparams | {"window": window},
+        "opt_name": name,
+        "opt_kwargs": hyperparams,
         "wrapper_name": None,
         "wrapper_kwargs": None,
     }
@@ -58,11 +60,11 @@ def load_contract_suite(window):
     return suite.ContribTest
 
 
-for _kind, _window in WINDOWS.items():
-    globals()[f"Test{_kind}"] = load_contract_suite(_window)
+for _kind, _optimizer in OPTIMIZERS.items():
+    globals()[f"Test{_kind}"] = load_contract_suite(*_optimizer)
 
 
-@pytest.mark.parametrize("kind", WINDOWS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_suite_has_sixteen_tests(kind):
     suite = globals()[f"Test{kind}"]
     assert sum(name.startswith("test_") for name in dir(suite)) == 16

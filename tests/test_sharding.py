@@ -73,14 +73,22 @@ class Partitioned(nnx.Module):
         )
 
 
+OPTIMIZERS = {
+    "mfac": (mfac_jax.mfac(0.1, 6, 1e-2, 0.5), lambda state: state[1]),
+    "adam_mfac": (mfac_jax.adam_mfac(0.1, 6), lambda state: state[0].mfac),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_metadata_of_nnx_stays_with_the_parameters(axis_type):
+def test_metadata_of_nnx_stays_with_the_parameters(axis_type, name):
     """The axes of a kernel are not those of its window, which has six gradients."""
     x = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
+    transformation, state_of = OPTIMIZERS[name]
 
     def train():
         model = Partitioned()
-        opt = nnx.Optimizer(model, mfac_jax.mfac(0.1, 6, 1e-2, 0.5), wrt=nnx.Param)
+        opt = nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
         @nnx.jit
         def step(model, opt):
@@ -90,7 +98,7 @@ def test_metadata_of_nnx_stays_with_the_parameters(axis_type):
 
         for _ in range(3):
             step(model, opt)
-        window = opt.opt_state[1].window["dense/kernel"].values[...]
+        window = state_of(opt.opt_state).window["dense/kernel"].values[...]
         return np.asarray(model.dense.kernel[...]), window.sharding.spec
 
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type, axis_type))

@@ -40,8 +40,8 @@ def correlated(num_steps, share, size=300, seed=0):
     return gradients / np.linalg.norm(gradients, axis=1, keepdims=True)
 
 
-def follow(gradients, num_grads, damps, dtype="float32", initial=None):
-    """Solves at every step; yields gram, row, damping and what was found."""
+def follow(gradients, num_grads, damps, dtype="float32", initial=None, weights_of=None):
+    """Solves at every step; yields the system, the row and what was found."""
     # A function of its own, since a test replaces parts of what is traced.
     solve = jax.jit(lambda *args: _solve.solve_for_row(*args))
     inverse = _solve.initial_inverse(num_grads, jnp.asarray(damps[0], dtype))
@@ -50,7 +50,8 @@ def follow(gradients, num_grads, damps, dtype="float32", initial=None):
             inverse = initial.astype(dtype)
         gram = (window @ window.T).astype(dtype)
         damp = jnp.asarray(damps[t], dtype)
-        solution = solve(gram, inverse, row, damp)
+        weights = () if weights_of is None else (jnp.asarray(weights_of(row), dtype),)
+        solution = solve(gram, inverse, row, damp, *weights)
         inverse = solution.inverse
         system = gram.astype(float) + num_grads * float(damp) * np.eye(num_grads)
         yield system, row, solution
@@ -94,6 +95,31 @@ def test_an_inverse_that_has_accumulated_errors_is_computed_again():
         exact = np.linalg.solve(system, np.eye(48)[row])
         assert error(solution.coefficients, exact) < 2e-4
         assert not solution.raised
+
+
+@pytest.mark.parametrize(
+    ("share", "damps"),
+    [
+        (0.5, [1e-4] * 40),  # Follows from the step before.
+        (0.5, [1e-4, 2e-4] * 20),  # Factorizes.
+        (1 - 1e-6, [1e-9] * 40),  # Raises the damping.
+    ],
+)
+def test_any_combination_of_the_rows_is_solved_for(share, damps):
+    def weights_of(row):
+        return 0.9 ** ((row - np.arange(16)) % 16)
+
+    num_raised = 0
+    for system, row, solution in follow(
+        correlated(40, share), 16, damps, weights_of=weights_of
+    ):
+        raised = 16 * (float(solution.damp) - damps[0]) * np.eye(16)
+        if damps[1] == damps[0]:
+            system = system + raised
+        exact = np.linalg.solve(system, weights_of(row))
+        assert error(solution.coefficients, exact) < (1e-2 if num_raised else 2e-5)
+        num_raised += bool(solution.raised)
+    assert (num_raised > 0) == (share > 0.9)
 
 
 @pytest.mark.parametrize("other", [np.nan, 0.0, 1.0, -1.0, 1e30])

@@ -1,0 +1,212 @@
+"""One step of M-FAC: a gradient enters the window, and a direction is solved for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mfac_jax import _checks, _solve
+from mfac_jax._state import ScaleByMFACState, check_kind, check_state, match_windows
+from mfac_jax.windows import Window, WindowFn
+from mfac_jax.windows._choice import check_supported, choose_windows, named_leaves
+from mfac_jax.windows._groups import group_leaves
+from mfac_jax.windows._storage import saturating_add
+
+
+class System(NamedTuple):
+    """The direction ``s Gᵀ c`` of a step, with ``(m λ I + K) c = e``.
+
+    Attributes:
+      damp: The damping ``λ``, a scalar of the Gram matrix's dtype.
+      weights: The right-hand side ``e``, shape ``(m,)``: which combination of the
+        stored gradients is preconditioned. ``None`` is the newest alone.
+      scale_of: Returns the factor ``s`` for the ``λ`` that the solve used.
+    """
+
+    damp: jax.Array
+    weights: jax.Array | None
+    scale_of: Callable[[jax.Array], jax.Array | float]
+
+
+def init_state(
+    params: optax.Params,
+    num_grads: int,
+    damp_at: Callable[[jax.Array, Any], jax.Array],
+    window: Window | WindowFn | None,
+    decays: Mapping[str, float],
+) -> ScaleByMFACState:
+    """Returns a state with an empty window.
+
+    ``damp_at`` returns the damping of an update count in a dtype; ``decays`` are the
+    rates of coupled weight decay by path.
+    """
+    leaves, windows = _parameters(params), {}
+    for path, spec in choose_windows(window, leaves).items():
+        check_supported(path, leaves[path], spec, decays.get(path, 0.0))
+        windows[path] = spec.init(leaves[path], num_grads)
+        check_kind(path, windows[path])
+    is_wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(windows))
+    dtype = jnp.float64 if is_wide else jnp.float32
+    initial_damp = damp_at(jnp.zeros((), jnp.int32), dtype)
+    return ScaleByMFACState(
+        count=jnp.zeros((), jnp.int32),
+        index=jnp.zeros((), jnp.int32),
+        gram=jnp.zeros((num_grads, num_grads), dtype),
+        inverse=_solve.initial_inverse(num_grads, initial_damp),
+        # optax.tree.map_params calls init with a tree without leaves to learn which
+        # parts of a state are shaped like the parameters. No window is; a single
+        # array in the place of all tells it so.
+        window=windows or jnp.zeros(()),
+        # A copy: a donated step would delete an array of the caller.
+        damp=jnp.array(initial_damp, copy=True),
+        num_raised=jnp.zeros((), jnp.int32),
+        num_rejected=jnp.zeros((), jnp.int32),
+        num_saturated=jnp.zeros((), jnp.int32),
+    )
+
+
+def precondition(
+    updates: optax.Updates,
+    state: ScaleByMFACState,
+    num_grads: int,
+    system_of: Callable[[jax.Array], System],
+    roots: Sequence[jax.Array] | None = None,
+) -> tuple[optax.Updates, ScaleByMFACState, jax.Array]:
+    """Writes a gradient into the window and returns the direction of a system.
+
+    Args:
+      updates: The gradient.
+      state: The state before it.
+      num_grads: The number of gradients ``m`` that the state must have.
+      system_of: Returns the system for the new Gram matrix.
+      roots: ``D^-½`` for a diagonal metric ``D``, one array for each leaf, float32 at
+        least: the window stores ``D^-½ g``, and the direction is multiplied by
+        ``D^-½``. ``None`` is the identity.
+
+    Returns:
+      The direction in the dtypes of the gradient, zero where the gradient is rejected;
+      the state; whether the gradient was accepted.
+    """
+    check_state(state, num_grads)
+    dtype, index = state.gram.dtype, state.index
+    treedef = jax.tree.structure(updates)
+    leaves = match_windows(updates, state.window)
+    paths, leaves = list(leaves), list(leaves.values())
+    stored = [state.window[path] for path in paths]
+    groups = group_leaves(stored)
+    grads, windows = groups.pack(_scaled(leaves, roots)), groups.pack_windows(stored)
+
+    # 1. The newest row of G is the gradient as the window stores it. It is written
+    #    last, from a value that depends on both passes: written first, XLA would
+    #    copy the window.
+    encoded = [w.encode(g, dtype) for w, g in zip(windows, grads, strict=True)]
+    squared_norm = sum(
+        (jnp.sum(jnp.square(e.vector)) for e in encoded),
+        start=jnp.zeros((), dtype),
+    )
+    finite = jnp.isfinite(squared_norm)
+    for g in grads:
+        finite &= jnp.all(jnp.isfinite(g))
+    # 2. The new row and column of K: the first pass over the window. By
+    #    Cauchy-Schwarz products of rows with finite squared norms are finite.
+    products = sum(
+        (w.products(e.vector, dtype) for w, e in zip(windows, encoded, strict=True)),
+        start=jnp.zeros(num_grads, dtype),
+    )
+    is_newest = jnp.arange(num_grads, dtype=index.dtype) == index
+    products = jnp.where(is_newest, squared_norm, products)
+    products = jnp.where(finite, products, 0)
+    gram = _with_row(state.gram, index, products)
+    # 3. Solve (m λ I + K) c = e.
+    system = system_of(gram)
+    solution = _solve.solve_for_row(
+        gram, state.inverse, index, system.damp, system.weights
+    )
+    # 4. The direction s Gᵀ c: the second pass.
+    coefficients = system.scale_of(solution.damp) * solution.coefficients
+    newest, others = coefficients[index], jnp.where(is_newest, 0, coefficients)
+    directions = [
+        w.combine(others, newest * e.vector)
+        for w, e in zip(windows, encoded, strict=True)
+    ]
+    # 5. Only what is finite is returned and remembered.
+    accepted = finite
+    for direction in directions:
+        accepted &= jnp.all(jnp.isfinite(direction))
+    directions = groups.unpack(
+        [jnp.where(accepted, direction, 0) for direction in directions], leaves
+    )
+    if roots is not None:
+        roots = [jnp.where(accepted, root, 0) for root in roots]
+    narrowed = [
+        _saturating_cast(direction, leaf.dtype)
+        for direction, leaf in zip(_scaled(directions, roots), leaves, strict=True)
+    ]
+    saturated = jnp.any(jnp.array([any_saturated for _, any_saturated in narrowed]))
+    stored = groups.unpack_windows(
+        [w.write(index, e.row, accepted) for w, e in zip(windows, encoded, strict=True)]
+    )
+    row = jnp.where(accepted, products, state.gram[index])
+    new_state = ScaleByMFACState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        index=jnp.where(accepted, (index + 1) % num_grads, index),
+        gram=_with_row(state.gram, index, row),
+        inverse=jnp.where(accepted, solution.inverse, state.inverse),
+        window=dict(zip(paths, stored, strict=True)) or state.window,
+        damp=jnp.where(accepted, solution.damp, state.damp),
+        num_raised=_add_if(accepted & solution.raised, state.num_raised),
+        num_rejected=_add_if(~accepted, state.num_rejected),
+        num_saturated=_add_if(saturated, state.num_saturated),
+    )
+    return treedef.unflatten(x for x, _ in narrowed), new_state, accepted
+
+
+def _scaled(
+    leaves: Sequence[jax.Array], factors: Sequence[jax.Array] | None
+) -> Sequence[jax.Array]:
+    if factors is None:
+        return leaves
+    return [
+        leaf.astype(factor.dtype) * factor
+        for leaf, factor in zip(leaves, factors, strict=True)
+    ]
+
+
+def _parameters(params: Any) -> dict[str, Any]:
+    """Returns the leaves to optimize by their paths, Python floats as arrays."""
+    leaves = named_leaves(params)
+    for path, leaf in leaves.items():
+        _checks.check_parameter(path, leaf)
+    return {
+        path: jnp.asarray(leaf) if isinstance(leaf, float) else leaf
+        for path, leaf in leaves.items()
+    }
+
+
+def _with_row(gram: jax.Array, index: jax.Array, row: jax.Array) -> jax.Array:
+    """Replaces row and column ``index``.
+
+    Uses two slice updates: XLA's partitioner miscompiles ``.at[index].set`` for a
+    sharded row (jax 0.10.2).
+    """
+    gram = lax.dynamic_update_index_in_dim(gram, row, index, 0)
+    return lax.dynamic_update_index_in_dim(gram, row, index, 1)
+
+
+def _saturating_cast(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Casts to ``dtype``; values too large for a narrower one become its largest.
+
+    Also returns whether there were any.
+    """
+    if jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
+        return x.astype(dtype), jnp.zeros((), bool)
+    largest = jnp.asarray(jnp.finfo(dtype).max, x.dtype)
+    clipped = jnp.clip(x, -largest, largest)
+    return clipped.astype(dtype), jnp.any(clipped != x)
+
+
+def _add_if(condition: jax.Array, total: jax.Array) -> jax.Array:
+    return saturating_add(total, condition.astype(total.dtype))
