@@ -73,7 +73,8 @@ class Arguments:
         1, "Forward passes whose gradients are averaged for one training step."
     )
     optim: Fixed[str] = _flag(
-        "adamw", "MFAC, adamw, or an optimizer of Optax such as lion or contrib.muon."
+        "adamw",
+        "MFAC, adam_mfac, adamw, or an optimizer of Optax such as contrib.muon.",
     )
     optim_args: str | None = _flag(
         None, 'Its hyper-parameters as JSON: \'{"lr": 1e-4, "damp": 1e-6}\'.'

@@ -64,8 +64,8 @@ def _explained() -> Iterator[None]:
             raise
         raise UserError(
             "the device has not enough memory: lower --per_device_train_batch_size, "
-            "and raise --gradient_accumulation_steps for the same steps; for MFAC also "
-            "num_grads in --optim_args."
+            "and raise --gradient_accumulation_steps for the same steps; for MFAC "
+            "and adam_mfac also num_grads in --optim_args."
         ) from error
 
 

@@ -130,7 +130,8 @@ def test_gradients_are_clipped_before_the_optimizer(optim):
 
 
 @pytest.mark.parametrize(
-    "optim", ["MFAC", "adamw", "optax.adamw", "lion", "lamb", "lars", "contrib.muon"]
+    "optim",
+    "MFAC adam_mfac adamw optax.adamw lion lamb lars contrib.muon".split(),
 )
 def test_decay_spares_biases_and_norms(optim):
     mask = bert.decay_mask(PARAMS)
@@ -139,7 +140,7 @@ def test_decay_spares_biases_and_norms(optim):
         "LayerNorm": {"scale": False, "bias": False},
     }
     optim_args = {"lr": 0.1, "weight_decay": 0.5}
-    if optim == "MFAC":
+    if optim in ("MFAC", "adam_mfac"):
         optim_args["window"] = "dense"
     optimizer = make_optimizer(args_of(optim, json.dumps(optim_args))).transformation
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
@@ -157,12 +158,12 @@ def test_decay_spares_biases_and_norms(optim):
         (
             "nonsense",
             None,
-            r"--optim must be MFAC, adamw or the name of an Optax optimizer .* got "
-            r"'nonsense'\.$",
+            r"--optim must be MFAC, adam_mfac, adamw or the name of an Optax .* "
+            r"got 'nonsense'\.$",
         ),
         ("muon", None, r"got 'muon'\. Did you mean contrib\.muon\?"),
-        ("mfac", None, r"Did you mean MFAC\?"),
-        ("optax.MFAC", None, r"Did you mean MFAC\?"),
+        ("mfac", None, "Did you mean MFAC or adam_mfac"),
+        ("optax.MFAC", None, "Did you mean MFAC or adam_mfac"),
         ("contrib.adamw", None, "Did you mean adamw"),
         ("adamw_torch", None, "Did you mean adamw"),
         ("scale_by_rprop", None, "got 'scale_by_rprop'"),
@@ -234,6 +235,7 @@ def test_decay_spares_biases_and_norms(optim):
         ("MFAC", '{"word_lr": Infinity}', "word_lr .* null or .* got inf"),
         ("adamw", '{"word_lr": true}', "word_lr .* null or .* got True"),
         ("adamw", '{"window": "dense"}', "unknown key 'window'"),
+        ("adam_mfac", '{"momentum": 0.9}', "adam_mfac knows lr, num_grads, damp, b1,"),
         ("MFAC", '{"momentum": 1}', r"momentum .* a number in \[0, 1\), got 1"),
         ("MFAC", '{"weight_decay": -1}', "weight_decay .* got -1"),
         ("adamw", '{"b1": 1.0}', r"b1 .* a number in \[0, 1\), got 1.0"),
@@ -437,6 +439,7 @@ def test_every_leaf_is_compact(window):
     ("optim", "hyperparams", "of_words"),
     [
         ("MFAC", {"lr": 1e-2, "num_grads": 2, "window": "dense"}, {}),
+        ("adam_mfac", {"num_grads": 2, "window": "dense", "b1": 0.7}, {}),
         ("adamw", {"lr": 1e-2, "b1": 0.8}, {"b1": 0.8}),
     ],
 )

@@ -306,7 +306,7 @@ def test_a_learning_rate_of_zero_changes_nothing(root, tmp_path):
     ("flags", "message"),
     [
         (["--task_name", "ax"], "--task_name must be one of cola, sst2, .*, got 'ax'"),
-        (["--optim", "sgdd"], "--optim must be MFAC, adamw or the name of"),
+        (["--optim", "sgdd"], "--optim must be MFAC, adam_mfac, adamw or"),
         (["--optim", "lbfgs", "--optim_args", "{}"], "more than gradients"),
         (["--metric_for_best_model", "f1"], "must be one of loss, accuracy, got 'f1'"),
         (["--optim_args", '{"num_grads": 0}'], "num_grads .* an integer of at least 1"),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -32,6 +32,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_grads": 1024,
         "damp": 1e-6,
         "momentum": 0.0,
+        "window": "row_sparse",
+        "word_lr": None,
+    },
+    "adam_mfac": {
+        "num_grads": 128,
+        "damp": 0.3,
+        "b1": 0.9,
+        "b2": 0.99,
         "window": "row_sparse",
         "word_lr": None,
     },
@@ -102,7 +110,8 @@ def parse_hyperparams(args: Arguments) -> dict[str, Any]:
         names = ", ".join(missing)
         raise UserError(f"--optim {args.optim} needs {names} in --optim_args.")
     window = hyperparams.get("window")
-    if window is not None and hyperparams["weight_decay"] > 0 and _WINDOWS[window][0]:
+    decays_gradients = args.optim == "MFAC" and hyperparams["weight_decay"] > 0
+    if window is not None and decays_gradients and _WINDOWS[window][0]:
         raise UserError(
             f"weight_decay {hyperparams['weight_decay']} makes the gradients of the "
             f"embedding tables dense, for which window {window!r} has no room: choose "
@@ -141,14 +150,21 @@ def make_optimizer(
 
     name = args.optim
     if name == "MFAC":
-        optimizer = _mfac(schedule, hyperparams, max_rows)
+        names = ("num_grads", "damp", "momentum", "weight_decay")
+        optimizer = _mfac(mfac_jax.mfac, names, schedule, hyperparams, max_rows)
+    elif name == "adam_mfac":
+        names = ("num_grads", "damp", "b1", "b2", "weight_decay")
+        optimizer = _mfac(mfac_jax.adam_mfac, names, schedule, hyperparams, max_rows)
     elif name == "adamw":
         optimizer = _adamw(schedule, hyperparams)
     else:
         make = optax_optimizers.make_optimizer
         optimizer = make(name, schedule, hyperparams, params)
     if hyperparams.get("word_lr") is not None:
-        words = {**_DEFAULTS["adamw"], **hyperparams, "lr": hyperparams["word_lr"]}
+        # The betas of another optimizer are not AdamW's.
+        names = [*hyperparams] if name == "adamw" else ["weight_decay"]
+        words = _DEFAULTS["adamw"] | {k: hyperparams[k] for k in names}
+        words["lr"] = hyperparams["word_lr"]
         optimizer = optax.partition(
             {True: _adamw(schedule, words), False: optimizer}, bert.is_word_table
         )
@@ -159,15 +175,18 @@ def make_optimizer(
 
 
 def _mfac(
-    schedule: _Schedules, hyperparams: Mapping[str, Any], max_rows: Mapping[str, int]
+    factory: Callable[..., optax.GradientTransformation],
+    names: Sequence[str],
+    schedule: _Schedules,
+    hyperparams: Mapping[str, Any],
+    max_rows: Mapping[str, int],
 ) -> optax.GradientTransformation:
     is_row_sparse, window = _WINDOWS[hyperparams["window"]]
     if is_row_sparse:
         if hyperparams["word_lr"] is not None:
             max_rows = {k: v for k, v in max_rows.items() if k != bert.WORD_TABLE}
         window = mfac_jax.compact_windows(max_rows, window)
-    names = ("num_grads", "damp", "momentum", "weight_decay")
-    return mfac_jax.mfac(
+    return factory(
         schedule(hyperparams["lr"]),
         **{name: hyperparams[name] for name in names},
         window=window,
