@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="seeds.json")
     parser.add_argument("--picture", type=Path, help="Where to draw the curves (PNG).")
     parser.add_argument("--title", default="", help="Of the picture.")
+    parser.add_argument("--names", nargs="+", help="Of the rows in the picture.")
     args = parser.parse_args()
     rows = read_rows(args.paths)
     settings = [settings_of(row) for row in rows]
@@ -64,10 +65,8 @@ def main() -> None:
     cells = [
         [format_setting(setting.get(name)) for name in names] for setting in settings
     ]
-    by_setting = {
-        " ".join(filter(None, values)): row
-        for values, row in zip(cells, rows, strict=True)
-    }
+    labels = args.names or [" ".join(filter(None, values)) for values in cells]
+    by_setting = dict(zip(labels, rows, strict=True))
     metrics = [m for m in run_seeds.metric_names(by_setting) if m != NOT_SHOWN]
     print("| " + " | ".join([*names, "seeds", *metrics, "training loss"]) + " |")
     print("| --- |" + " ---: |" * (len(names) + len(metrics) + 1))

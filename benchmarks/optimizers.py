@@ -49,14 +49,16 @@ def rates(smallest: float) -> tuple[float, ...]:
     return tuple(float(f"{smallest * 10 ** (i / 2):.0e}") for i in range(5))
 
 
-# With the defaults of Optax. 128 gradients of M-FAC train as the published 1024 do at
-# the same `learning rate × num_grads`.
+# With the defaults of Optax, and once with β₂ of `adam_mfac`. 128 gradients of M-FAC
+# train as the published 1024 do at the same `learning rate × num_grads`.
 OPTIMIZERS = {
     "sgd": Optimizer(functools.partial(optax.sgd, momentum=0.9), rates(3e-3)),
     "adamw": Optimizer(optax.adamw, rates(1e-3)),
+    "adamw_b2_0.99": Optimizer(functools.partial(optax.adamw, b2=0.99), rates(1e-3)),
     "lion": Optimizer(optax.lion, rates(1e-4)),
     "muon": Optimizer(optax.contrib.muon, rates(1e-3)),
     "mfac": Optimizer(functools.partial(mfac_jax.mfac, num_grads=128), rates(1e-3)),
+    "adam_mfac": Optimizer(mfac_jax.adam_mfac, rates(1e-3)),
 }
 
 # From rates, seeds and a number of steps to losses.
