@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from matplotlib.figure import Figure
 from step_time import environment
 from tasks import CHOOSING, CONFIRMING, Task
 
@@ -66,7 +67,7 @@ Program = Callable[[Sequence[float], Sequence[int], int], np.ndarray]
 
 
 def compile_program(task: Task, optimizer: Optimizer) -> Program:
-    """Compiles the training of several rates and seeds, by turns, as one program."""
+    """Compiles the training of several rates and seeds, one after the other."""
 
     def train(rate, seed, num_steps):
         opt = optimizer.make(lambda count: rate * (1 - count / num_steps))
@@ -212,9 +213,8 @@ def print_table(rows: Rows, names: Sequence[str], key: str) -> None:
 
 def plot_profiles(rows: Rows, names: Sequence[str], path: Path) -> None:
     """Draws the share of tasks on which a loss is within a factor of the best one."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for ax, key, title in zip(
         axes,
         ("losses", "losses_in_time"),
@@ -232,7 +232,6 @@ def plot_profiles(rows: Rows, names: Sequence[str], path: Path) -> None:
         ax.set(xscale="log", xlabel="Loss over the best optimizer's", title=title)
     axes[0].set(ylabel="Share of the ten tasks")
     axes[1].legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 

@@ -8,7 +8,7 @@ import optax
 import oracles
 import pytest
 from compiled import AS_FOR_USERS
-from test_mfac import PARAMS, STATIC, flat, gradients_like, run
+from test_mfac import PARAMS, STATIC, flat, gradients_like, run, scan_replicas
 from test_windows import KINDS, STORED
 from test_windows import PARAMS as TABLES
 
@@ -235,18 +235,7 @@ def test_an_epsilon_that_rounds_to_zero_rejects_nothing():
 def test_scan_and_vmap_over_replicas():
     opt = make(3)
     gradients = [list(gradients_like(PARAMS, 5, seed)) for seed in range(2)]
-
-    def stack(trees):
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-    def scan(gradients):
-        def step(state, gradient):
-            update, state = opt.update(gradient, state)
-            return state, update
-
-        return jax.lax.scan(step, opt.init(PARAMS), gradients)[1]
-
-    updates = jax.jit(jax.vmap(scan))(stack([stack(g) for g in gradients]))
+    updates = scan_replicas(opt, gradients)
     for replica in range(2):
         expected, _ = run(opt, PARAMS, gradients[replica])
         last = jax.tree.map(lambda x, r=replica: x[r, -1], updates)

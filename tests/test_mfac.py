@@ -101,9 +101,8 @@ class TestTransformsOfJax(chex.TestCase):
             )
 
 
-def test_scan_and_vmap_over_replicas():
-    opt = mfac_jax.scale_by_mfac(3, 1e-3)
-    gradients = [list(gradients_like(PARAMS, 5, seed)) for seed in range(2)]
+def scan_replicas(opt, gradients):
+    """Returns the updates of all replicas and steps, from one program."""
 
     def stack(trees):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -115,7 +114,13 @@ def test_scan_and_vmap_over_replicas():
 
         return jax.lax.scan(step, opt.init(PARAMS), gradients)
 
-    _, updates = jax.jit(jax.vmap(scan))(stack([stack(g) for g in gradients]))
+    return jax.jit(jax.vmap(scan))(stack([stack(g) for g in gradients]))[1]
+
+
+def test_scan_and_vmap_over_replicas():
+    opt = mfac_jax.scale_by_mfac(3, 1e-3)
+    gradients = [list(gradients_like(PARAMS, 5, seed)) for seed in range(2)]
+    updates = scan_replicas(opt, gradients)
     for replica in range(2):
         expected, _ = run(opt, PARAMS, gradients[replica])
         for t in range(5):
