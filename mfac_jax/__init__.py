@@ -6,6 +6,7 @@ from mfac_jax._checkpoints import drop_windows, refill_windows
 from mfac_jax._diagnostics import diagnostics, window_nbytes, window_table
 from mfac_jax._inverse_product import inverse_fisher_vector_product
 from mfac_jax._mfac import mfac, scale_by_mfac
+from mfac_jax._sharding import state_shardings
 from mfac_jax._state import ScaleByMFACState
 from mfac_jax.windows import (
     DenseWindow,
@@ -31,6 +32,7 @@ __all__ = [
     "refill_windows",
     "scale_by_adam_mfac",
     "scale_by_mfac",
+    "state_shardings",
     "window_nbytes",
     "window_table",
     "windows",

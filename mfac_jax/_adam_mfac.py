@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax import _checks, _step
+from mfac_jax._shares import AxisName
 from mfac_jax._state import ScaleByMFACState, check_state, match_windows
 from mfac_jax._transforms import add_decay, keep_dtypes, value_at
 from mfac_jax.windows import Window, WindowFn
@@ -41,6 +42,7 @@ def scale_by_adam_mfac(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     window: Window | WindowFn | None = None,
+    window_axis: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of a Fisher matrix in Adam's metric.
 
@@ -92,6 +94,8 @@ def scale_by_adam_mfac(
       eps: Term ``ε > 0`` of the metric: a number or a traced scalar.
       window: Storage format of each leaf's gradients (static); see
         :func:`scale_by_mfac`.
+      window_axis: Mesh axis over which windows are split (static); see
+        :func:`scale_by_mfac`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`. Updates have the dtypes of the
@@ -134,7 +138,7 @@ def scale_by_adam_mfac(
             return value_at(damp, count, dtype) / num_grads
 
         return ScaleByAdamMFACState(
-            mfac=_step.init_state(params, num_grads, damp_at, window, {}),
+            mfac=_step.init_state(params, num_grads, damp_at, window, {}, window_axis),
             nu=jax.tree.map(lambda p: jnp.zeros_like(p, float_dtype(None, p)), params),
         )
 
@@ -175,7 +179,7 @@ def scale_by_adam_mfac(
         new = {path: average(path, v) for path, v in old.items()}
         roots = [inverse_root(new[path]) for path in grads]
         updates, mfac, accepted = _step.precondition(
-            updates, mfac, num_grads, system_of, roots
+            updates, mfac, num_grads, system_of, window_axis, roots
         )
         nu = jax.tree.structure(state.nu).unflatten(
             jnp.where(accepted, new[path], v) for path, v in old.items()
@@ -196,6 +200,7 @@ def adam_mfac(
     *,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     window: Window | WindowFn | None = None,
+    window_axis: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Builds M-FAC in Adam's metric, the recipe that needs a learning rate only.
 
@@ -220,6 +225,8 @@ def adam_mfac(
       mask: Which leaves decay (static): a tree of booleans with the structure of the
         parameters or a prefix of it, or a function from parameters to such a tree.
       window: Storage format of each leaf's gradients (static); see
+        :func:`scale_by_mfac`.
+      window_axis: Mesh axis over which windows are split (static); see
         :func:`scale_by_mfac`.
 
     Returns:
@@ -255,7 +262,9 @@ def adam_mfac(
     num_grads = _checks.check_num_grads(num_grads, ("num_grads", "mask", "window"))
     weight_decay = _checks.check_scalar("weight_decay", weight_decay, *_checks.DECAY)
     chain = optax.chain(
-        scale_by_adam_mfac(num_grads, damp, b1, b2, eps, window=window),
+        scale_by_adam_mfac(
+            num_grads, damp, b1, b2, eps, window=window, window_axis=window_axis
+        ),
         add_decay(weight_decay, mask),
         keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )

@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax import _checks, _solve
+from mfac_jax._shares import AxisName, shares_of
 from mfac_jax._state import check_not_emptied, find_states, match_windows
 
 
 def inverse_fisher_vector_product(
-    state: Any, vector: optax.Params, damp: jax.typing.ArrayLike
+    state: Any,
+    vector: optax.Params,
+    damp: jax.typing.ArrayLike,
+    *,
+    window_axis: AxisName | None = None,
 ) -> optax.Params:
     r"""Multiplies any vector by the inverse of the damped empirical Fisher.
 
@@ -30,6 +35,8 @@ def inverse_fisher_vector_product(
         ``nnx.Optimizer``.
       vector: ``x``, a tree with the structure and shapes of the parameters.
       damp: Damping ``λ > 0``, a number or a traced scalar.
+      window_axis: Mesh axis over which windows are split (static); see
+        :func:`scale_by_mfac`.
 
     Returns:
       ``F⁻¹ x``, with the structure, shapes and dtypes of ``vector``.
@@ -66,17 +73,30 @@ def inverse_fisher_vector_product(
     dtype = state.gram.dtype
     treedef = jax.tree.structure(vector)
     leaves = match_windows(vector, state.window, "vector")
-    windows = [state.window[path] for path in leaves]
-    leaves = list(leaves.values())
+    stored = [state.window[path] for path in leaves]
+    vectors = list(leaves.values())
+    shares = shares_of(len(state.gram), window_axis)
+    shares.check(state.window)
     damp = jnp.asarray(damp, dtype)
-    products = sum(
-        (w.products(x, dtype) for w, x in zip(windows, leaves, strict=True)),
-        start=jnp.zeros(state.gram.shape[0], dtype),
-    )
-    coefficients = _solve.damped_solve(state.gram, damp, products)
-    return treedef.unflatten(
-        [
-            (w.combine(-coefficients, x.astype(dtype)) / damp).astype(x.dtype)
-            for w, x in zip(windows, leaves, strict=True)
+
+    def multiply(windows, vectors):
+        products = sum(
+            (w.products(x, dtype) for w, x in zip(windows, vectors, strict=True)),
+            start=jnp.zeros(shares.num_rows, dtype),
+        )
+        return shares.gather(products)
+
+    def subtract(windows, vectors, coefficients):
+        own = -shares.own(coefficients)
+        return [
+            shares.total(w.combine(own, shares.once(x.astype(dtype))))
+            for w, x in zip(windows, vectors, strict=True)
         ]
+
+    products = shares.run(multiply, stored, vectors)
+    coefficients = _solve.damped_solve(state.gram, damp, products)
+    differences = shares.run(subtract, stored, vectors, coefficients)
+    return treedef.unflatten(
+        (difference / damp).astype(x.dtype)
+        for difference, x in zip(differences, vectors, strict=True)
     )

@@ -14,6 +14,7 @@ import jax
 import optax
 
 from mfac_jax import _checks, _step
+from mfac_jax._shares import AxisName
 from mfac_jax._transforms import add_decay, average_steps, keep_dtypes, value_at
 from mfac_jax.windows import Window, WindowFn
 from mfac_jax.windows._choice import check_window, named_leaves
@@ -24,6 +25,7 @@ def scale_by_mfac(
     damp: optax.ScalarOrSchedule = 1e-6,
     *,
     window: Window | WindowFn | None = None,
+    window_axis: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of a damped empirical Fisher matrix.
 
@@ -87,6 +89,11 @@ def scale_by_mfac(
         parameters that are sharded over explicit mesh axes. Custom windows subclass
         :class:`mfac_jax.windows.Window`. ``optax.inject_hyperparams`` calls a function
         as a schedule unless ``'window'`` is in its ``static_args``.
+      window_axis: Mesh axis, or a tuple of axes, over which windows are split (static):
+        each of its ``n`` devices holds ``num_grads / n`` of the gradients. ``init`` and
+        ``update`` must then be traced inside ``jax.set_mesh(mesh)``, or inside
+        :func:`jax.shard_map` over the axis. ``None`` leaves the windows to JAX. See
+        :func:`~mfac_jax.state_shardings`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`. Updates have the dtypes of the
@@ -99,7 +106,9 @@ def scale_by_mfac(
       ValueError: For ``num_grads < 1`` or ``damp <= 0``; from ``init``, for a leaf that
         its window cannot store; from ``update``, for a state of another ``num_grads``
         or gradients whose shapes differ from the parameters'. Dense windows compare the
-        whole shape, others only the number of blocks or the size of a row.
+        whole shape, others only the number of blocks or the size of a row. From both,
+        for a ``window_axis`` that is no axis of the mesh or does not divide
+        ``num_grads``.
 
     Examples:
       The first step is ``m g / (m λ + gᵀ g)``:
@@ -120,13 +129,14 @@ def scale_by_mfac(
       Information <https://arxiv.org/abs/2107.03356>`_, 2021
     """
     num_grads = _checks.check_num_grads(num_grads, ("num_grads", "window"))
-    return _scale_by_mfac(num_grads, damp, window, lambda params: {})
+    return _scale_by_mfac(num_grads, damp, window, window_axis, lambda params: {})
 
 
 def _scale_by_mfac(
     num_grads: int,
     damp: optax.ScalarOrSchedule,
     window: Window | WindowFn | None,
+    axis: AxisName | None,
     decays_of: Callable[[optax.Params], Mapping[str, float]],
 ) -> optax.GradientTransformationExtraArgs:
     """As :func:`scale_by_mfac`, with the coupled weight decay of each leaf by path."""
@@ -137,7 +147,9 @@ def _scale_by_mfac(
         return value_at(damp, count, dtype)
 
     def init_fn(params):
-        return _step.init_state(params, num_grads, damp_at, window, decays_of(params))
+        return _step.init_state(
+            params, num_grads, damp_at, window, decays_of(params), axis
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -147,7 +159,9 @@ def _scale_by_mfac(
                 damp_at(state.count, gram.dtype), None, lambda damp: num_grads
             )
 
-        updates, state, _ = _step.precondition(updates, state, num_grads, system_of)
+        updates, state, _ = _step.precondition(
+            updates, state, num_grads, system_of, axis
+        )
         return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -162,6 +176,7 @@ def mfac(
     *,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     window: Window | WindowFn | None = None,
+    window_axis: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Builds the M-FAC optimizer.
 
@@ -205,6 +220,8 @@ def mfac(
       mask: Which leaves decay (static): a tree of booleans with the structure of the
         parameters or a prefix of it, or a function from parameters to such a tree.
       window: Storage format of each leaf's gradients (static); see
+        :func:`scale_by_mfac`.
+      window_axis: Mesh axis over which windows are split (static); see
         :func:`scale_by_mfac`.
 
     Returns:
@@ -268,7 +285,7 @@ def mfac(
 
     chain = optax.chain(
         add_decay(weight_decay, mask),
-        _scale_by_mfac(num_grads, damp, window, decays_of),
+        _scale_by_mfac(num_grads, damp, window, window_axis, decays_of),
         average_steps(beta) if has_momentum else optax.identity(),
         keep_dtypes(optax.scale_by_learning_rate(learning_rate)),
     )

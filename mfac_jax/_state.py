@@ -46,6 +46,30 @@ def map_windows(function: Callable[..., Any], window: Any, *rest: Any) -> Any:
     return {path: function(w, *(r[path] for r in rest)) for path, w in window.items()}
 
 
+def map_gradients(function: Callable[[Any], Any], windows: Any) -> Any:
+    """Maps the arrays of a tree of windows that hold gradients, row by row."""
+
+    def of_window(stored: Any) -> Any:
+        names = gradient_fields(stored)
+        return stored._replace(
+            **{name: function(getattr(stored, name)) for name in names}
+        )
+
+    return jax.tree.map(
+        of_window, windows, is_leaf=lambda node: hasattr(node, "_fields")
+    )
+
+
+def gradient_fields(stored: Any) -> list[str]:
+    """Returns the fields of a window whose leading axis counts gradients."""
+    others = getattr(stored, "not_gradients", ())
+    return [
+        name
+        for name, x in stored._asdict().items()
+        if not is_counter(name) and name not in others and jnp.ndim(x) > 0
+    ]
+
+
 def find_states(tree: Any) -> dict[str, ScaleByMFACState]:
     """Returns the states of M-FAC in a tree by their paths, as plain arrays.
 

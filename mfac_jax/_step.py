@@ -9,6 +9,8 @@ import optax
 from jax import lax
 
 from mfac_jax import _checks, _solve
+from mfac_jax._passes import Passes
+from mfac_jax._shares import AxisName, shares_of
 from mfac_jax._state import ScaleByMFACState, check_kind, check_state, match_windows
 from mfac_jax.windows import Window, WindowFn
 from mfac_jax.windows._choice import check_supported, choose_windows, named_leaves
@@ -37,17 +39,28 @@ def init_state(
     damp_at: Callable[[jax.Array, Any], jax.Array],
     window: Window | WindowFn | None,
     decays: Mapping[str, float],
+    axis: AxisName | None,
 ) -> ScaleByMFACState:
-    """Returns a state with an empty window.
+    """Returns a state with an empty window, split over a mesh axis.
 
     ``damp_at`` returns the damping of an update count in a dtype; ``decays`` are the
     rates of coupled weight decay by path.
     """
-    leaves, windows = _parameters(params), {}
-    for path, spec in choose_windows(window, leaves).items():
+    shares = shares_of(num_grads, axis)
+    leaves = {path: shares.in_full(x) for path, x in _parameters(params).items()}
+    specs = choose_windows(window, leaves)
+    for path, spec in specs.items():
         check_supported(path, leaves[path], spec, decays.get(path, 0.0))
-        windows[path] = spec.init(leaves[path], num_grads)
-        check_kind(path, windows[path])
+
+    def make_windows(num_rows):
+        windows = {
+            path: spec.init(leaves[path], num_rows) for path, spec in specs.items()
+        }
+        for path, stored in windows.items():
+            check_kind(path, stored)
+        return windows
+
+    windows = shares.init(make_windows)
     is_wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(windows))
     dtype = jnp.float64 if is_wide else jnp.float32
     initial_damp = damp_at(jnp.zeros((), jnp.int32), dtype)
@@ -73,6 +86,7 @@ def precondition(
     state: ScaleByMFACState,
     num_grads: int,
     system_of: Callable[[jax.Array], System],
+    axis: AxisName | None,
     roots: Sequence[jax.Array] | None = None,
 ) -> tuple[optax.Updates, ScaleByMFACState, jax.Array]:
     """Writes a gradient into the window and returns the direction of a system.
@@ -82,6 +96,7 @@ def precondition(
       state: The state before it.
       num_grads: The number of gradients ``m`` that the state must have.
       system_of: Returns the system for the new Gram matrix.
+      axis: The mesh axis over which the windows are split, or ``None``.
       roots: ``D^-½`` for a diagonal metric ``D``, one array for each leaf, float32 at
         least: the window stores ``D^-½ g``, and the direction is multiplied by
         ``D^-½``. ``None`` is the identity.
@@ -96,26 +111,17 @@ def precondition(
     leaves = match_windows(updates, state.window)
     paths, leaves = list(leaves), list(leaves.values())
     stored = [state.window[path] for path in paths]
-    groups = group_leaves(stored)
-    grads, windows = groups.pack(_scaled(leaves, roots)), groups.pack_windows(stored)
+    shares = shares_of(num_grads, axis)
+    shares.check(state.window)
+    passes = Passes(shares, group_leaves(stored, shares.names), dtype)
 
     # 1. The newest row of G is the gradient as the window stores it. It is written
     #    last, from a value that depends on both passes: written first, XLA would
     #    copy the window.
-    encoded = [w.encode(g, dtype) for w, g in zip(windows, grads, strict=True)]
-    squared_norm = sum(
-        (jnp.sum(jnp.square(e.vector)) for e in encoded),
-        start=jnp.zeros((), dtype),
-    )
-    finite = jnp.isfinite(squared_norm)
-    for g in grads:
-        finite &= jnp.all(jnp.isfinite(g))
     # 2. The new row and column of K: the first pass over the window. By
     #    Cauchy-Schwarz products of rows with finite squared norms are finite.
-    products = sum(
-        (w.products(e.vector, dtype) for w, e in zip(windows, encoded, strict=True)),
-        start=jnp.zeros(num_grads, dtype),
-    )
+    grads = _scaled(leaves, roots)
+    encoded, squared_norm, finite, products = passes.multiply(stored, grads)
     is_newest = jnp.arange(num_grads, dtype=index.dtype) == index
     products = jnp.where(is_newest, squared_norm, products)
     products = jnp.where(finite, products, 0)
@@ -128,15 +134,12 @@ def precondition(
     # 4. The direction s Gᵀ c: the second pass.
     coefficients = system.scale_of(solution.damp) * solution.coefficients
     newest, others = coefficients[index], jnp.where(is_newest, 0, coefficients)
-    directions = [
-        w.combine(others, newest * e.vector)
-        for w, e in zip(windows, encoded, strict=True)
-    ]
+    directions = passes.combine(stored, encoded, newest, others)
     # 5. Only what is finite is returned and remembered.
     accepted = finite
     for direction in directions:
         accepted &= jnp.all(jnp.isfinite(direction))
-    directions = groups.unpack(
+    directions = passes.groups.unpack(
         [jnp.where(accepted, direction, 0) for direction in directions], leaves
     )
     if roots is not None:
@@ -146,9 +149,7 @@ def precondition(
         for direction, leaf in zip(_scaled(directions, roots), leaves, strict=True)
     ]
     saturated = jnp.any(jnp.array([any_saturated for _, any_saturated in narrowed]))
-    stored = groups.unpack_windows(
-        [w.write(index, e.row, accepted) for w, e in zip(windows, encoded, strict=True)]
-    )
+    stored = passes.write(stored, encoded, index, accepted)
     row = jnp.where(accepted, products, state.gram[index])
     new_state = ScaleByMFACState(
         count=jnp.asarray(optax.safe_increment(state.count)),

@@ -88,7 +88,7 @@ class DenseGradients(NamedTuple):
             )
         if sharded:
             return _sum_of_products(window, vector[None])
-        if vector.size < _LONG_ROW:
+        if vector.size < _LONG_ROW or _storage.may_be_split():
             return _matrix_vector(window, vector)
         in_pieces = _sums_of_pieces if _SUMS_ARE_FAST else _block_diagonal
         return lax.platform_dependent(

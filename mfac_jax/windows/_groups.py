@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mfac_jax.windows._dense import DenseGradients
 from mfac_jax.windows._protocol import Encoded
-from mfac_jax.windows._storage import is_explicitly_sharded
+from mfac_jax.windows._storage import may_be_split
 
 # Leaves of fewer elements are small.
 _SMALL = 2**12
@@ -107,8 +107,11 @@ class Groups(NamedTuple):
         return [part for _, part in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def group_leaves(windows: Sequence[Any]) -> Groups:
-    """Groups the small dense leaves of each dtype."""
+def group_leaves(windows: Sequence[Any], window_axes: tuple[str, ...] = ()) -> Groups:
+    """Groups the small dense leaves of each dtype.
+
+    ``window_axes`` are the mesh axes over which the windows are split.
+    """
     small: dict[Any, list[int]] = {}
     others: list[list[int]] = []
     for i, w in enumerate(windows):
@@ -117,7 +120,8 @@ def group_leaves(windows: Sequence[Any]) -> Groups:
         else:
             others.append([i])
     copied = sum(windows[i].values.size for group in small.values() for i in group)
-    if copied > _SHARE * sum(leaf.size for leaf in jax.tree.leaves(windows)):
+    stored = sum(leaf.size for leaf in jax.tree.leaves(windows))
+    if copied > _SHARE * stored or may_be_split(window_axes):
         return Groups([[i] for i in range(len(windows))])
     return Groups([*others, *small.values()])
 
@@ -125,7 +129,8 @@ def group_leaves(windows: Sequence[Any]) -> Groups:
 def _is_small(window: Any) -> bool:
     if not isinstance(window, DenseGradients):
         return False
-    if is_explicitly_sharded(window.values):
+    # The two passes see the gradients of one device.
+    if any(axis is not None for axis in jax.typeof(window.values).sharding.spec[1:]):
         return False
     return math.prod(window.values.shape[1:]) < _SMALL
 

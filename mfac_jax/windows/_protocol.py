@@ -31,7 +31,9 @@ class StoredGradients(Protocol[_Row]):
     jitted, donated, saved and restored anywhere. Its field names must differ from those
     of the kinds of this package, by which ``nnx.state`` is read.
 
-    Arrays that hold gradients have a leading axis of length ``m``. A scalar int32 field
+    Arrays that hold gradients have a leading axis of length ``m``, or where the window
+    is split over devices, of a device's share of ``m``. A kind with other arrays names
+    their fields in a class attribute ``not_gradients``. A scalar int32 field
     whose name begins with ``num_`` is a counter: :func:`mfac_jax.diagnostics` reports
     its sum over the leaves, and :func:`mfac_jax.drop_windows` keeps it.
 
@@ -65,8 +67,9 @@ class StoredGradients(Protocol[_Row]):
     ) -> "StoredGradients[_Row]":
         """Returns the window with ``row`` at ``index`` if ``accepted``, else itself.
 
-        :func:`mfac_jax.windows.write_row` does this in place for all arrays with a
-        leading axis of gradients.
+        ``index`` is -1 on a device whose share does not have the row: there only what
+        is no gradient changes. :func:`mfac_jax.windows.write_row` does this in place
+        for all arrays with a leading axis of gradients.
         """
         ...
 

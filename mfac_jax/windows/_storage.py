@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 _Stored = TypeVar("_Stored")
 
@@ -19,16 +20,19 @@ def write_row(
 
     Args:
       window: a tree of arrays whose leading axis counts gradients.
-      index: the position of the row, int32 scalar.
+      index: the position of the row, int32 scalar; -1 if it is on another device.
       row: a tree like ``window`` without the leading axes.
       accepted: whether the row replaces the one at ``index``, boolean scalar.
 
     Returns:
       The window after the write.
     """
+    is_here = accepted & (index >= 0)
+    # The same value, of a type that differs between devices as the window does.
+    row = jax.tree.map(lambda r: jnp.where(is_here, r, r), row)
 
     def select():
-        return jax.tree.map(lambda r, o: jnp.where(accepted, r, o), row, old_row())
+        return jax.tree.map(lambda r, o: jnp.where(is_here, r, o), row, old_row())
 
     def old_row():
         return jax.tree.map(
@@ -39,7 +43,7 @@ def write_row(
     # reads the window and is not in place (bfloat16 with jax 0.10). On a GPU a
     # condition would make the host wait.
     chosen = lax.platform_dependent(
-        cpu=lambda: lax.cond(accepted, lambda: row, old_row), default=select
+        cpu=lambda: lax.cond(is_here, lambda: row, old_row), default=select
     )
     return jax.tree.map(
         lambda w, r: lax.dynamic_update_index_in_dim(w, r, index, 0), window, chosen
@@ -54,6 +58,37 @@ def saturating_add(total: jax.Array, number: jax.Array) -> jax.Array:
 def is_explicitly_sharded(leaf: Any) -> bool:
     """Returns whether a leaf is sharded over explicit mesh axes."""
     return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
+
+
+def may_be_split(window_axes: tuple[str, ...] = ()) -> bool:
+    """Returns whether a leaf may be sharded where its window is split over devices.
+
+    Types do not show it if the axis is automatic. To reshape such a leaf is to gather
+    it, and of a window that is too much.
+
+    Args:
+      window_axes: The axes of the window; inside its passes they are manual.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(window_axes or mesh.manual_axes) and any(
+        kind == AxisType.Auto and mesh.shape[name] > 1
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if name not in window_axes
+    )
+
+
+def gathered(leaf: jax.Array, num_axes: int | None = None) -> jax.Array:
+    """Returns a leaf whose first axes, by default all, no mesh axis splits.
+
+    For windows whose gradients cannot be split as the leaf is: otherwise XLA would
+    gather them.
+    """
+    if not may_be_split():
+        return leaf
+    num_axes = leaf.ndim if num_axes is None else num_axes
+    free = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - num_axes)
+    spec = PartitionSpec(*[None] * num_axes, *free)
+    return lax.with_sharding_constraint(leaf, spec)
 
 
 def sharding_unsupported(leaf: Any) -> str | None:
@@ -100,7 +135,7 @@ def block_mismatch(
 
 def to_blocks(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Flattens a leaf and cuts it into blocks; the last one is padded with zeros."""
-    flat = leaf.reshape(-1)
+    flat = gathered(leaf).reshape(-1)
     return jnp.pad(flat, (0, math.prod(shape) - flat.size)).reshape(shape)
 
 

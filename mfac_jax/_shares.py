@@ -1,0 +1,220 @@
+"""The share of the window that each device of a mesh axis holds.
+
+The rows of ``G`` are split over the devices in order. A device multiplies and writes
+its own rows. Between devices travel the products of the new Gram row, ``m`` elements,
+and the sum ``cᵀ G``, one gradient.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mfac_jax import _checks
+from mfac_jax._state import gradient_fields, map_gradients
+
+AxisName = str | tuple[str, ...]
+
+
+class Shares(NamedTuple):
+    """How the rows of ``G`` are split.
+
+    Attributes:
+      num_grads: The number of rows ``m``.
+      num_rows: The number of rows of a device.
+      names: The mesh axes that they are split over; none if every device has all rows.
+      is_mapped: Whether the caller is inside :func:`jax.shard_map` over these axes.
+    """
+
+    num_grads: int
+    num_rows: int
+    names: tuple[str, ...]
+    is_mapped: bool
+
+    def init(self, function: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+        """Returns the windows that ``function`` makes for a number of rows."""
+        if not self.names:
+            return function(self.num_grads)
+        if self.is_mapped:
+            return map_gradients(self._varying, function(self.num_rows))
+        # Compiled: run op by op, every array would be on one device first.
+        return jax.jit(lambda: map_gradients(self._split, function(self.num_grads)))()
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        windows: Any,
+        *args: Any,
+        writes: bool = False,
+    ) -> Any:
+        """Calls ``function(windows, *args)`` on every device with its rows.
+
+        Args:
+          function: Returns windows if it ``writes``, otherwise arrays that are the same
+            on every device.
+          windows: A tree of windows.
+          *args: Trees of arrays, passed to every device in full.
+          writes: Whether the function returns windows.
+        """
+        if self.is_mapped or not self.names:
+            return function(windows, *args)
+        everywhere = PartitionSpec()
+        split = jax.tree.map(
+            lambda x: x if isinstance(x, PartitionSpec) else everywhere,
+            map_gradients(lambda _: PartitionSpec(self.names), windows),
+        )
+        return jax.shard_map(
+            function,
+            in_specs=(split, *[everywhere] * len(args)),
+            out_specs=split if writes else everywhere,
+            axis_names=set(self.names),
+        )(windows, *jax.tree.map(self.in_full, args))
+
+    def gather(self, products: jax.Array) -> jax.Array:
+        """Returns the products of all rows from those of each device's rows."""
+        if not self.names:
+            return products
+        others = self._varying(jnp.zeros(self.num_grads, products.dtype))
+        return self.total(
+            lax.dynamic_update_slice_in_dim(others, products, self._first(), 0)
+        )
+
+    def own(self, coefficients: jax.Array) -> jax.Array:
+        """Returns the coefficients of a device's rows."""
+        if not self.names:
+            return coefficients
+        return lax.dynamic_slice_in_dim(coefficients, self._first(), self.num_rows)
+
+    def once(self, x: jax.Array) -> jax.Array:
+        """Returns ``x`` on the first device and zeros on the others."""
+        if not self.names:
+            return x
+        return jnp.where(lax.axis_index(self.names) == 0, x, 0)
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """Returns the sum over the devices."""
+        return lax.psum(x, self.names) if self.names else x
+
+    def position(self, index: jax.Array) -> jax.Array:
+        """Returns where a device has a row among its own, -1 if another has it."""
+        if not self.names:
+            return index
+        position = index - self._first()
+        is_there = (position >= 0) & (position < self.num_rows)
+        return jnp.where(is_there, position, -1)
+
+    def in_full(self, leaf: Any) -> Any:
+        """Returns a leaf, or its shape, that no axis of the window splits.
+
+        :func:`jax.shard_map` gathers leaves itself, except over explicit axes.
+        """
+        sharding = jax.typeof(leaf).sharding
+        spec = without_axes(sharding.spec, self.names)
+        if self.is_mapped or spec == sharding.spec:
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(sharding=NamedSharding(sharding.mesh, spec))
+        return jax.sharding.reshard(leaf, spec)
+
+    def check(self, windows: Any) -> None:
+        """Raises a ValueError unless all windows have the rows of this device."""
+        if not (self.names or jax.sharding.get_abstract_mesh().manual_axes):
+            return
+        expected = self.num_rows if self.is_mapped else self.num_grads
+        for path, stored in windows.items() if isinstance(windows, Mapping) else ():
+            for name in gradient_fields(stored):
+                found = getattr(stored, name).shape[0]
+                if found != expected:
+                    raise ValueError(
+                        f"{name} in the window of {_checks.named(path)} must hold "
+                        f"{expected} gradients here, got {found}. Inside jax.shard_map "
+                        "the optimizer needs window_axis, and its state the specs of "
+                        "mfac_jax.state_shardings."
+                    )
+
+    def _first(self) -> jax.Array:
+        return lax.axis_index(self.names) * self.num_rows
+
+    def _varying(self, x: jax.Array) -> jax.Array:
+        return lax.pcast(x, self.names, to="varying")
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        if types[self.names[0]] == AxisType.Explicit:
+            rest = jax.typeof(x).sharding.spec[1:]
+            return jax.sharding.reshard(x, PartitionSpec(self.names, *rest))
+        rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        return lax.with_sharding_constraint(x, PartitionSpec(self.names, *rest))
+
+
+def shares_of(num_grads: int, axis: AxisName | None) -> Shares:
+    """Returns the shares over a mesh axis of the context; one device has one share.
+
+    Raises:
+      ValueError: If the mesh has no such axis, or the axis does not divide the window.
+    """
+    mesh, names = jax.sharding.get_abstract_mesh(), names_of(axis)
+    check_axis(mesh, axis, "window_axis")
+    num_rows = rows_per_device(num_grads, mesh, axis)
+    if num_rows == num_grads:
+        names = ()
+    mapped = [name for name in names if name in mesh.manual_axes]
+    if mapped and len(mapped) < len(names):
+        raise ValueError(
+            f"window_axis {axis!r}: jax.shard_map must map all of these axes or none, "
+            f"it maps {mapped}."
+        )
+    return Shares(num_grads, num_rows, names, bool(mapped))
+
+
+def check_axis(mesh: Any, axis: AxisName | None, argument: str) -> None:
+    """Raises a ValueError unless a mesh has an axis."""
+    for name in names_of(axis):
+        if mesh.empty:
+            raise ValueError(
+                f"{argument} {name!r} needs a mesh: call init and update inside "
+                "jax.set_mesh(mesh)."
+            )
+        if name not in mesh.axis_names:
+            known = ", ".join(map(repr, mesh.axis_names))
+            raise ValueError(
+                f"{argument} {name!r} is no axis of the mesh, whose axes are {known}."
+            )
+
+
+def rows_per_device(num_grads: int, mesh: Any, axis: AxisName | None) -> int:
+    """Returns the number of gradients on each device of an axis.
+
+    Raises:
+      ValueError: With the nearest numbers that the axis divides.
+    """
+    size = math.prod(mesh.shape[name] for name in names_of(axis))
+    if num_grads % size:
+        below = num_grads - num_grads % size
+        nearest = f"{below} or {below + size}" if below else f"{size}"
+        raise ValueError(
+            f"num_grads must be a multiple of the {size} devices of mesh axis "
+            f"{axis!r}, over which the windows are split, got {num_grads}: take "
+            f"{nearest}."
+        )
+    return num_grads // size
+
+
+def names_of(axis: Any) -> tuple[str, ...]:
+    """Returns the mesh axes that an entry of a PartitionSpec names."""
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+
+
+def without_axes(spec: PartitionSpec, names: tuple[str, ...]) -> PartitionSpec:
+    """Returns a PartitionSpec without these axes."""
+
+    def without(entry: Any) -> Any:
+        kept = tuple(name for name in names_of(entry) if name not in names)
+        return kept if len(kept) > 1 else next(iter(kept), None)
+
+    return PartitionSpec(*map(without, spec))
