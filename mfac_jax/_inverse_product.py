@@ -9,6 +9,7 @@ import optax
 from mfac_jax import _checks, _solve
 from mfac_jax._shares import AxisName, shares_of
 from mfac_jax._state import check_not_emptied, find_states, match_windows
+from mfac_jax.windows._layout import split_as
 
 
 def inverse_fisher_vector_product(
@@ -81,16 +82,20 @@ def inverse_fisher_vector_product(
 
     def multiply(windows, vectors):
         products = sum(
-            (w.products(x, dtype) for w, x in zip(windows, vectors, strict=True)),
+            (
+                w.products(split_as(w, x), dtype)
+                for w, x in zip(windows, vectors, strict=True)
+            ),
             start=jnp.zeros(shares.num_rows, dtype),
         )
         return shares.gather(products)
 
     def subtract(windows, vectors, coefficients):
         own = -shares.own(coefficients)
+        starts = [shares.once(x.astype(dtype)) for x in vectors]
         return [
-            shares.total(w.combine(own, shares.once(x.astype(dtype))))
-            for w, x in zip(windows, vectors, strict=True)
+            shares.total(w.combine(own, split_as(w, start)))
+            for w, start in zip(windows, starts, strict=True)
         ]
 
     products = shares.run(multiply, stored, vectors)

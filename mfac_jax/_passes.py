@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mfac_jax._shares import Shares
 from mfac_jax.windows._groups import Groups
+from mfac_jax.windows._layout import split_as
 from mfac_jax.windows._protocol import Encoded
 
 
@@ -35,7 +36,8 @@ class Passes(NamedTuple):
         def on_device(stored, grads):
             windows, grads = self.groups.pack_windows(stored), self.groups.pack(grads)
             encoded = [
-                w.encode(g, self.dtype) for w, g in zip(windows, grads, strict=True)
+                w.encode(split_as(w, g), self.dtype)
+                for w, g in zip(windows, grads, strict=True)
             ]
             squared_norm = sum(
                 (jnp.sum(jnp.square(e.vector)) for e in encoded),
@@ -66,9 +68,10 @@ class Passes(NamedTuple):
 
         def on_device(stored, vectors, newest, others):
             windows, own = self.groups.pack_windows(stored), self.shares.own(others)
+            starts = [self.shares.once(newest * vector) for vector in vectors]
             return [
-                self.shares.total(w.combine(own, self.shares.once(newest * vector)))
-                for w, vector in zip(windows, vectors, strict=True)
+                self.shares.total(w.combine(own, split_as(w, start)))
+                for w, start in zip(windows, starts, strict=True)
             ]
 
         vectors = [e.vector for e in encoded]

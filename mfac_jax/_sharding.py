@@ -16,8 +16,8 @@ from mfac_jax._shares import (
     without_axes,
 )
 from mfac_jax._state import gradient_fields, is_state
-from mfac_jax.windows import DenseGradients, RowSparseGradients
 from mfac_jax.windows._choice import named_leaves
+from mfac_jax.windows._layout import trailing_axes
 
 
 def state_shardings(
@@ -113,11 +113,7 @@ def _of_window(
     """Returns the shardings of the window of a parameter with these axes."""
     of_leaf = without_axes(sharding.spec, names_of(axis))
     of_leaf = [*of_leaf, *[None] * (num_axes - len(of_leaf))]
-    trailing: dict[str, Any] = {}
-    if isinstance(stored, DenseGradients):
-        trailing = {"values": of_leaf}
-    elif isinstance(stored, RowSparseGradients):
-        trailing = {"values": [None, *of_leaf[1:]]}
+    trailing = trailing_axes(stored, of_leaf)
     specs = {
         name: PartitionSpec(axis, *trailing.get(name, []))
         for name in gradient_fields(stored)

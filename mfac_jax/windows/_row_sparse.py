@@ -117,7 +117,6 @@ class RowSparseGradients(NamedTuple):
         return f"more than {max_rows} rows of shape {tuple(row_shape)}"
 
     def encode(self, gradient: jax.Array, dtype: Any) -> Encoded["RowSparseGradients"]:
-        gradient = _storage.gathered(gradient, 1)
         max_rows = self.indices.shape[1]
         axes = tuple(range(1, gradient.ndim))
         wide = gradient.astype(_storage.float_dtype(None, gradient))
@@ -145,7 +144,7 @@ class RowSparseGradients(NamedTuple):
             wanted = vector.at[indices].get(mode="promise_in_bounds")
             return _reductions.inner_products(values.astype(dtype), wanted)
 
-        vector = _storage.gathered(vector, 1).astype(dtype)
+        vector = vector.astype(dtype)
         return _reductions.map_gradients(of_rows, (self.values, self.indices))
 
     def combine(self, coefficients: jax.Array, start: jax.Array) -> jax.Array:
@@ -157,7 +156,7 @@ class RowSparseGradients(NamedTuple):
             )
 
         rows = coefficients, self.values, self.indices
-        return _reductions.fold_gradients(add, _storage.gathered(start, 1), rows)
+        return _reductions.fold_gradients(add, start, rows)
 
     def write(
         self, index: jax.Array, row: "RowSparseGradients", accepted: jax.Array

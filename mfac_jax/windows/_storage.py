@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 _Stored = TypeVar("_Stored")
 
@@ -77,20 +77,6 @@ def may_be_split(window_axes: tuple[str, ...] = ()) -> bool:
     )
 
 
-def gathered(leaf: jax.Array, num_axes: int | None = None) -> jax.Array:
-    """Returns a leaf whose first axes, by default all, no mesh axis splits.
-
-    For windows whose gradients cannot be split as the leaf is: otherwise XLA would
-    gather them.
-    """
-    if not may_be_split():
-        return leaf
-    num_axes = leaf.ndim if num_axes is None else num_axes
-    free = [PartitionSpec.UNCONSTRAINED] * (leaf.ndim - num_axes)
-    spec = PartitionSpec(*[None] * num_axes, *free)
-    return lax.with_sharding_constraint(leaf, spec)
-
-
 def sharding_unsupported(leaf: Any) -> str | None:
     """Returns the reason of a window that cannot follow explicit sharding."""
     if not is_explicitly_sharded(leaf):
@@ -135,7 +121,7 @@ def block_mismatch(
 
 def to_blocks(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Flattens a leaf and cuts it into blocks; the last one is padded with zeros."""
-    flat = gathered(leaf).reshape(-1)
+    flat = leaf.reshape(-1)
     return jnp.pad(flat, (0, math.prod(shape) - flat.size)).reshape(shape)
 
 

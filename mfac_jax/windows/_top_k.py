@@ -116,7 +116,6 @@ class TopKGradients(NamedTuple):
         return _storage.block_mismatch(blocks, shape, block_size=blocks[1])
 
     def encode(self, gradient: jax.Array, dtype: Any) -> Encoded["TopKGradients"]:
-        gradient = _storage.gathered(gradient)
         blocks = _storage.to_blocks(gradient.astype(self.error.dtype), self.error.shape)
         total = self.error + blocks
         indices = jnp.sort(lax.top_k(jnp.abs(total), self.indices.shape[2])[1])
@@ -133,7 +132,7 @@ class TopKGradients(NamedTuple):
         return Encoded(row, vector.reshape(gradient.shape))
 
     def products(self, vector: jax.Array, dtype: Any) -> jax.Array:
-        flat = _storage.gathered(vector).astype(dtype).reshape(-1)
+        flat = vector.astype(dtype).reshape(-1)
 
         def of_rows(rows):
             values, indices = rows
@@ -149,8 +148,9 @@ class TopKGradients(NamedTuple):
             return total.at[self._places(indices)].add(weighted, mode="drop")
 
         rows = coefficients, self.values, self.indices
-        flat = _storage.gathered(start).reshape(-1)
-        return _reductions.fold_gradients(add, flat, rows).reshape(start.shape)
+        return _reductions.fold_gradients(add, start.reshape(-1), rows).reshape(
+            start.shape
+        )
 
     def write(self, index: jax.Array, row: "TopKGradients", accepted: jax.Array):
         values, indices = _storage.write_row(self[:2], index, row[:2], accepted)

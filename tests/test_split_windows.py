@@ -1,0 +1,418 @@
+"""Windows split over eight devices, against the same updates on one."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from float8_window import Float8Window
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import mfac_jax
+
+pytestmark = pytest.mark.eight_devices
+
+P = PartitionSpec
+NUM_GRADS = 24  # Unlike any axis of a leaf, as is a device's share of 3 or 6.
+# A leaf of each kind, so that one program has them all, and a small one.
+KINDS = {
+    "dense": None,
+    "bf16": mfac_jax.DenseWindow(jnp.bfloat16),
+    "int8": mfac_jax.Int8Window(),
+    "row_sparse": mfac_jax.RowSparseWindow(8),
+    "topk": mfac_jax.TopKWindow(0.1, block_size=1024),
+    "float8": Float8Window(),
+    "bias": None,
+}
+SHAPES = dict.fromkeys(KINDS, (64, 128)) | {"bias": (8,)}
+OPTIMIZERS = {
+    "mfac": functools.partial(mfac_jax.scale_by_mfac, NUM_GRADS, 1e-4),
+    "adam_mfac": functools.partial(mfac_jax.scale_by_adam_mfac, NUM_GRADS),
+}
+
+
+def window_of(path, leaf):
+    return KINDS[path]
+
+
+def make_mesh(sizes, axis_type=AxisType.Auto):
+    names = ("data", "model")[: len(sizes)]
+    devices = jax.devices()[: math.prod(sizes)]
+    return jax.make_mesh(sizes, names, (axis_type,) * len(sizes), devices=devices)
+
+
+def tree_norm(tree):
+    return math.sqrt(sum(np.sum(np.square(x, dtype=float)) for x in tree.values()))
+
+
+def relative_error(found, expected):
+    found = {path: np.asarray(x) for path, x in found.items()}
+    expected = {path: np.asarray(x) for path, x in expected.items()}
+    return max(
+        np.linalg.norm(found[path] - x) / np.linalg.norm(x)
+        for path, x in expected.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """One and a half windows of independent gradients, by step."""
+    rng, steps = np.random.default_rng(0), []
+    for _ in range(NUM_GRADS * 3 // 2):
+        steps.append({k: np.float32(rng.normal(size=s)) for k, s in SHAPES.items()})
+        zero = rng.permutation(SHAPES["row_sparse"][0])[8:]
+        steps[-1]["row_sparse"][zero] = 0
+    return steps
+
+
+@pytest.fixture(scope="module")
+def on_one_device(quick_compilation, gradients):
+    """Returns the updates of an optimizer on one device, and its last state."""
+
+    @functools.cache
+    def run(name, kinds=tuple(KINDS)):
+        opt = OPTIMIZERS[name](window=window_of)
+        grads = [{kind: g[kind] for kind in kinds} for g in gradients]
+        state, update = opt.init(grads[0]), jax.jit(opt.update)
+        updates = []
+        for g in grads:
+            update_, state = update(g, state)
+            updates.append(jax.tree.map(np.asarray, update_))
+        return grads, updates, state
+
+    return run
+
+
+# The mesh, the kind of its axes, how the parameters are split, and the window.
+LAYOUTS = {
+    "replicated": ((8,), AxisType.Auto, P(), "data"),
+    "fsdp": ((8,), AxisType.Auto, P("data"), "data"),
+    "columns": ((4, 2), AxisType.Auto, P(None, "model"), "data"),
+    "rows": ((4, 2), AxisType.Auto, P("model", "data"), "data"),
+    "two axes": ((4, 2), AxisType.Auto, P("model"), ("data", "model")),
+    "explicit": ((8,), AxisType.Explicit, P(), "data"),
+    "explicit fsdp": ((8,), AxisType.Explicit, P("data"), "data"),
+    "explicit columns": ((4, 2), AxisType.Explicit, P(None, "model"), "data"),
+}
+CASES = [("mfac", layout) for layout in LAYOUTS]
+CASES += [("adam_mfac", "fsdp"), ("adam_mfac", "columns")]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_every_update_is_that_of_one_device(on_one_device, name, layout):
+    sizes, axis_type, spec, axis = LAYOUTS[layout]
+    kinds = tuple(KINDS)
+    if name == "adam_mfac":  # A rounded gradient would depend on the last bit.
+        kinds = "dense", "row_sparse", "bias"
+    if layout == "explicit columns":  # The one kind that it stores.
+        kinds = "dense", "bf16"
+    grads, expected, last = on_one_device(name, kinds)
+    mesh = make_mesh(sizes, axis_type)
+    of_params = {
+        kind: NamedSharding(mesh, P() if kind == "bias" else spec) for kind in kinds
+    }
+    opt = OPTIMIZERS[name](window=window_of, window_axis=axis)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(grads[0], of_params)
+        shardings = mfac_jax.state_shardings(opt, params, mesh, axis)
+        state = jax.jit(opt.init, out_shardings=shardings)(params)
+        update = jax.jit(
+            opt.update, donate_argnums=1, out_shardings=(of_params, shardings)
+        )
+        for gradient, of_one in zip(grads, expected, strict=True):
+            found, state = update(jax.device_put(gradient, of_params), state)
+            assert relative_error(found, of_one) <= 2e-6
+    assert update._cache_size() == 1
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    state, last = (getattr(s, "mfac", s) for s in (state, last))
+    assert state.num_raised == 0
+    np.testing.assert_allclose(state.gram, last.gram, rtol=2e-6, atol=4e-3)
+    # The devices of the first axis share the window.
+    share = sum(
+        x.addressable_shards[0].data.nbytes
+        for path, stored in state.window.items()
+        for name, x in stored._asdict().items()
+        if x.ndim and name != "error"
+    )
+    errors = sum(s.error.nbytes for s in state.window.values() if hasattr(s, "error"))
+    num_shares = math.prod(sizes) if isinstance(axis, tuple) else sizes[0]
+    whole = mfac_jax.window_nbytes(state) - errors
+    assert share <= whole / num_shares * 1.05
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_inside_shard_map(on_one_device):
+    """The loop needs a state of one type: what differs between devices stays so."""
+    grads, expected, last = on_one_device("mfac")
+    mesh = make_mesh((8,))
+    opt = OPTIMIZERS["mfac"](window=window_of, window_axis="data")
+
+    def run(grads):
+        def step(state, gradient):
+            update, state = opt.update(gradient, state)
+            return state, update
+
+        return jax.lax.scan(step, opt.init(jax.tree.map(lambda x: x[0], grads)), grads)
+
+    with jax.set_mesh(mesh):
+        shardings = mfac_jax.state_shardings(opt, grads[0], mesh, "data")
+        specs = jax.tree.map(lambda s: s.spec, shardings)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
+        stacked = jax.device_put(stacked, NamedSharding(mesh, P()))
+        mapped = jax.shard_map(run, in_specs=P(), out_specs=(specs, P()))
+        state, found = jax.jit(mapped)(stacked)
+        product = mfac_jax.inverse_fisher_vector_product(
+            state, jax.tree.map(lambda x: x[-1], stacked), 1.0, window_axis="data"
+        )
+    for i, of_one in enumerate(expected):
+        assert relative_error({k: x[i] for k, x in found.items()}, of_one) <= 2e-6
+    of_one = mfac_jax.inverse_fisher_vector_product(last, grads[-1], 1.0)
+    assert relative_error(product, of_one) <= 2e-6
+
+
+def collectives(program):
+    """Returns the shapes and bytes of the operands of all collectives."""
+    names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    shapes = {
+        m[1]: [(kind, size) for kind, size in re.findall(r"(\w+)\[([\d,]*)\]", m[2])]
+        for m in re.finditer(r"^\s*(?:ROOT )?(%\S+) = (.*?) [\w-]+\(", program, re.M)
+    }
+    operands = []
+    for match in re.finditer(rf" (?:{names})(?:-start)?\(([^)]*)\)", program):
+        for name in re.findall(r"%[\w.-]+", match[1]):
+            operands += shapes[name]
+    sizes = [tuple(int(n) for n in size.split(",") if n) for _, size in operands]
+    itemsizes = {"pred": 1, "s8": 1, "u8": 1, "u16": 2, "f16": 2, "bf16": 2}
+    nbytes = sum(
+        itemsizes.get(kind, 4) * math.prod(size)
+        for (kind, _), size in zip(operands, sizes, strict=True)
+    )
+    return sizes, nbytes
+
+
+@pytest.mark.parametrize("path", ["cpu", "default"])
+@pytest.mark.parametrize("layout", ["replicated", "fsdp", "columns", "rows"])
+def test_no_window_travels(monkeypatch, path, layout):
+    """Of the gradients only their sum and their products with the newest do."""
+    if path == "default":
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
+        )
+    sizes, axis_type, spec, axis = LAYOUTS[layout]
+    mesh = make_mesh(sizes, axis_type)
+    opt = OPTIMIZERS["mfac"](window=window_of, window_axis=axis)
+    with jax.set_mesh(mesh):
+        params = {
+            kind: jax.ShapeDtypeStruct(
+                shape,
+                jnp.float32,
+                sharding=NamedSharding(mesh, P() if kind == "bias" else spec),
+            )
+            for kind, shape in SHAPES.items()
+        }
+        shardings = mfac_jax.state_shardings(opt, params, mesh, axis)
+        state = jax.tree.map(
+            lambda x, s: x.update(sharding=s),
+            jax.eval_shape(opt.init, params),
+            shardings,
+        )
+        init = jax.jit(opt.init, out_shardings=shardings).lower(params).compile()
+        of_params = jax.tree.map(lambda x: x.sharding, params)
+        update = jax.jit(
+            opt.update, donate_argnums=1, out_shardings=(of_params, shardings)
+        )
+        program = update.lower(params, state).compile()
+    found, nbytes = collectives(program.as_text())
+    of_params = 4 * sum(math.prod(shape) for shape in SHAPES.values())
+    times = 1 if layout == "replicated" else 2
+    assert nbytes <= times * of_params + 64 * NUM_GRADS + 4096
+    num_rows = NUM_GRADS // sizes[0]
+    for size in found:
+        assert len(size) < 2 or size[0] not in (NUM_GRADS, num_rows)
+        assert math.prod(size) != NUM_GRADS**2
+    share = sum(
+        math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
+    )
+    assert init.memory_analysis().output_size_in_bytes <= 1.05 * share
+    assert init.memory_analysis().temp_size_in_bytes <= of_params
+    if path == "cpu":
+        temporaries = program.memory_analysis().temp_size_in_bytes
+        assert temporaries <= 3 * of_params + 0.05 * share
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("sizes", [(1,), (2,), (4,)])
+def test_a_state_moves_to_another_number_of_devices(on_one_device, gradients, sizes):
+    """From one device to several; `test_devices.py` reads checkpoints both ways."""
+    _, _, state = on_one_device("mfac")
+    expected, _ = jax.jit(OPTIMIZERS["mfac"](window=window_of).update)(
+        gradients[0], state
+    )
+    mesh = make_mesh(sizes)
+    opt = OPTIMIZERS["mfac"](window=window_of, window_axis="data")
+    with jax.set_mesh(mesh):
+        shardings = mfac_jax.state_shardings(opt, gradients[0], mesh, "data")
+        found, _ = jax.jit(opt.update)(gradients[0], jax.device_put(state, shardings))
+    assert relative_error(found, expected) <= 2e-6
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nnx_needs_the_argument_and_the_mesh_alone(name):
+    """No shardings are passed, and eager `init` puts each share where it belongs."""
+    alias = {"mfac": mfac_jax.mfac, "adam_mfac": mfac_jax.adam_mfac}[name]
+    x = np.float32(np.random.default_rng(0).normal(size=(16, 8)))
+
+    def train(axis):
+        model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        opt = nnx.Optimizer(model, alias(0.1, 16, window_axis=axis), wrt=nnx.Param)
+        windows = [
+            stored.values[...]
+            for state in nnx_states(opt)
+            for stored in state.window.values()
+        ]
+
+        @nnx.jit(donate_argnums=(0, 1))
+        def step(model, opt):
+            opt.update(model, nnx.grad(lambda m: jnp.mean(jnp.square(m(x))))(model))
+
+        for _ in range(3):
+            step(model, opt)
+        windows += [
+            stored.values[...]
+            for state in nnx_states(opt)
+            for stored in state.window.values()
+        ]
+        return np.asarray(model.kernel[...]), [w.sharding for w in windows]
+
+    with jax.set_mesh(make_mesh((8,))):
+        found, shardings = train("data")
+    assert [s.spec[0] for s in shardings] == ["data"] * 4
+    expected, _ = train(None)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def nnx_states(opt):
+    return [
+        node
+        for node in jax.tree.leaves(
+            opt.opt_state,
+            is_leaf=lambda x: isinstance(x, mfac_jax.ScaleByMFACState),
+        )
+        if isinstance(node, mfac_jax.ScaleByMFACState)
+    ]
+
+
+def test_shardings_of_other_states():
+    """Trees like the parameters are split like them, masked ones too."""
+    mesh = make_mesh((4, 2))
+    params = {
+        "embedding": jax.ShapeDtypeStruct(
+            (30, 4), jnp.float32, sharding=NamedSharding(mesh, P("model"))
+        ),
+        "kernel": jax.ShapeDtypeStruct(
+            (4, 6), jnp.float32, sharding=NamedSharding(mesh, P("data", "model"))
+        ),
+        "bias": np.zeros(3, np.float32),
+    }
+
+    def shardings(opt):
+        found = mfac_jax.state_shardings(opt, params, mesh, "data")
+        with jax.set_mesh(mesh):
+            shapes = jax.eval_shape(opt.init, params)
+        assert jax.tree.structure(found) == jax.tree.structure(shapes)
+        return jax.tree.map(lambda s: s.spec, found)
+
+    specs = {"embedding": P("model"), "kernel": P("data", "model"), "bias": P()}
+    compact = mfac_jax.compact_windows(5)
+    inject = optax.inject_hyperparams(
+        mfac_jax.mfac, static_args=("num_grads", "mask", "window")
+    )
+    found = shardings(
+        inject(0.1, 8, momentum=0.9, window=compact, window_axis="data")
+    ).inner_state
+    assert found[2].average == specs
+    assert found[1].gram == found[1].inverse == P()
+    window = found[1].window
+    assert window["embedding"] == (P("data", None, None), P("data"), P())
+    assert window["kernel"].values == P("data", None, "model")
+    assert window["bias"].values == P("data", None)
+    found = shardings(
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.partition(
+                {"words": optax.adamw(0.1), "rest": mfac_jax.adam_mfac(0.1, 8)},
+                {"embedding": "words", "kernel": "rest", "bias": "rest"},
+            ),
+        )
+    )[1].inner_states
+    adam, ours = (found[k].inner_state[0] for k in ("words", "rest"))
+    assert adam.mu["embedding"] == P("model")
+    assert ours.nu["kernel"] == P("data", "model")
+    assert ours.mfac.window["kernel"].values == P("data", None, "model")
+    assert "embedding" not in ours.mfac.window
+    assert shardings(optax.adamw(0.1))[0].mu == specs
+    topk = shardings(mfac_jax.scale_by_mfac(8, window=mfac_jax.TopKWindow()))
+    assert topk.window["kernel"] == (P("data"), P("data"), P())
+
+
+def test_what_is_not_offered_is_rejected_by_name():
+    params = {"w": np.ones((4, 8), np.float32)}
+    opt = mfac_jax.scale_by_mfac(12, window_axis="data")
+    with pytest.raises(
+        ValueError, match=r"window_axis 'data' needs a mesh: .*set_mesh"
+    ):
+        opt.init(params)
+    mesh = make_mesh((8,))
+    with jax.set_mesh(mesh):
+        with pytest.raises(
+            ValueError, match=r"multiple of the 8 .* got 12: take 8 or 16"
+        ):
+            opt.init(params)
+        with pytest.raises(ValueError, match=r"multiple of the 8 .* got 5: take 8\."):
+            mfac_jax.mfac(0.1, 5, window_axis="data").init(params)
+        with pytest.raises(ValueError, match=r"'model' is no axis of .* are 'data'\."):
+            mfac_jax.adam_mfac(0.1, 8, window_axis="model").init(params)
+    with pytest.raises(
+        ValueError, match=r"multiple of the 8 devices of mesh axis 'data'"
+    ):
+        mfac_jax.state_shardings(mfac_jax.mfac(0.1, 12), params, mesh, "data")
+    with pytest.raises(ValueError, match=r"axis 'x' is no axis of the mesh"):
+        mfac_jax.state_shardings(mfac_jax.mfac(0.1, 8), params, mesh, "x")
+
+    # A state that is split reaches an optimizer that does not know of it.
+    forgetful = mfac_jax.scale_by_mfac(8)
+    specs = jax.tree.map(
+        lambda s: s.spec, mfac_jax.state_shardings(forgetful, params, mesh, "data")
+    )
+    mapped = jax.shard_map(
+        forgetful.update, mesh=mesh, in_specs=(P(), specs), out_specs=P()
+    )
+    message = r"values in the window of w must hold 8 gradients here, got 1\. .*axis"
+    with pytest.raises(ValueError, match=message):
+        mapped(params, forgetful.init(params))
+    both = mfac_jax.scale_by_mfac(8, window_axis=("data", "model"))
+    mapped = jax.shard_map(
+        both.init,
+        mesh=make_mesh((4, 2)),
+        in_specs=P(),
+        out_specs=P(),
+        axis_names={"data"},
+    )
+    with pytest.raises(ValueError, match=r"map all of these axes or none.*\['data'\]"):
+        jax.jit(mapped)(params)
+    # Compact windows of leaves that another explicit axis splits.
+    mesh = make_mesh((4, 2), AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, NamedSharding(mesh, P(None, "model")))
+        opt = mfac_jax.scale_by_mfac(
+            8, window=mfac_jax.Int8Window(), window_axis="data"
+        )
+        with pytest.raises(ValueError, match=r"w is sharded over explicit mesh axes"):
+            opt.init(params)
