@@ -6,8 +6,10 @@
 Nothing is run and no GPU is needed, only the compiler in these packages, which must
 have the version of jaxlib. `kernels` are those of an update but for the two branches of
 the solve. `reads` is how often the program reads a byte of the window, on average: a
-step needs two reads. `temporaries` beside the window show that it is written in place.
-Prints a table, and with `--output` writes it as JSON.
+step needs two reads. `temporaries` next to the window show that it is written in place.
+With `--devices 8` the window is split over eight H100 of a machine: all is for one of
+them, and `travels` are the bytes of the operands of all collectives, as a multiple of
+the gradient's. Prints a table, and with `--output` writes it as JSON.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from step_time import CASES, Case, environment
 
 import mfac_jax
@@ -119,22 +121,54 @@ def reads_of_window(program: dict[str, list[Instruction]]) -> float:
     return read / total
 
 
-def measure(case: Case, device: Any) -> dict[str, float]:
-    """Compiles the donated update of a case."""
-    optimizer = mfac_jax.scale_by_mfac(case.num_grads, window=case.window)
-    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in case.shapes.items()}
-    state: Any = jax.eval_shape(optimizer.init, params)
-    sharding = SingleDeviceSharding(device)
-    placed: Any = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        (params, state),
+def bytes_travelling(program: dict[str, list[Instruction]]) -> int:
+    """Returns the bytes of the operands of all collectives."""
+    steps = [step for part in program.values() for step in part]
+    names = "all-gather all-reduce reduce-scatter all-to-all collective-permute".split()
+    operands = {
+        operand
+        for step in steps
+        if step.operation.removesuffix("-start") in names
+        for operand in step.operands
+    }
+    return sum(
+        math.prod(map(int, filter(None, step.shape.split(","))))
+        * ITEM_BITS[step.dtype]
+        // 8
+        for step in steps
+        if step.name in operands
     )
-    update: Any = jax.jit(optimizer.update, donate_argnums=1)
-    compiled = update.trace(*placed).lower(lowering_platforms=("cuda",)).compile()
+
+
+def measure(case: Case, devices: Any) -> dict[str, float]:
+    """Compiles the donated update of a case, with the window split over devices."""
+    mesh = Mesh(devices, ("data",))
+    optimizer = mfac_jax.scale_by_mfac(
+        case.num_grads, window=case.window, window_axis="data"
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = {
+        k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=everywhere)
+        for k, s in case.shapes.items()
+    }
+    shardings = mfac_jax.state_shardings(optimizer, params, mesh, "data")
+    with jax.set_mesh(mesh):
+        state: Any = jax.tree.map(
+            lambda x, sharding: x.update(sharding=sharding),
+            jax.eval_shape(optimizer.init, params),
+            shardings,
+        )
+        update: Any = jax.jit(
+            optimizer.update, donate_argnums=1, out_shardings=(everywhere, shardings)
+        )
+        lowered = update.trace(params, state).lower(lowering_platforms=("cuda",))
+        compiled = lowered.compile()
     program = computations(compiled.as_text())
+    gradient = sum(4 * math.prod(shape) for shape in case.shapes.values())
     return {
         "num_grads": case.num_grads,
-        "window_mb": mfac_jax.window_nbytes(state) / 1e6,
+        "window_mb": mfac_jax.window_nbytes(state) / len(devices) / 1e6,
+        "travels": bytes_travelling(program) / gradient,
         "kernels": sum(
             step.operation in ("fusion", "copy", "custom-call", "sort")
             for step in program["ENTRY"]
@@ -150,24 +184,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology="1x1x1", target_config=H100
+        platform="cuda",
+        topology_name="",
+        topology=f"1x1x{args.devices}",
+        target_config=H100,
     )
-    print("| window | m | MB | kernels | reads | temporaries |")
-    print("| --- |" + " ---: |" * 5)
+    print("| window | m | MB | kernels | reads | temporaries | travels |")
+    print("| --- |" + " ---: |" * 6)
     results = {}
     for name in args.cases:
-        found = results[name] = measure(CASES[name], topology.devices[0])
+        found = results[name] = measure(CASES[name], topology.devices)
         print(
             f"| {name} | {found['num_grads']} | {found['window_mb']:,.0f} | "
             f"{found['kernels']} | {found['reads']:.2f} | "
-            f"{found['temporaries_mb']:.0f} MB |",
+            f"{found['temporaries_mb']:.0f} MB | {found['travels']:.3f} |",
             flush=True,
         )
     if args.output is not None:
-        content = {**environment(), "compiled_for": "NVIDIA H100", "results": results}
+        compiled_for = f"{args.devices} × NVIDIA H100"
+        content = {**environment(), "compiled_for": compiled_for, "results": results}
         args.output.write_text(json.dumps(content, indent=2) + "\n")
 
 

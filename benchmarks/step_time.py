@@ -9,6 +9,12 @@ is their share of what a copy moves. `adamw` is the time over that of `optax.ada
 step on the same parameters. Medians; prints a table, and with `--output` writes it as
 JSON, row by row, with the device, the versions and the commit. With `--traces` what the
 device did in some more updates is recorded for `kernels.py`.
+
+    python benchmarks/step_time.py --devices 1 2 4 8
+
+splits the window over so many devices and prints bytes per device next to the time;
+`window` and `state` are the optimizer's, `temporaries` those of the compiled update. A
+CPU shows eight devices that share its cores and its memory: only real ones are faster.
 """
 
 import argparse
@@ -28,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import kernels
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import mfac_jax
 
@@ -101,7 +108,7 @@ CASES = {
 
 # With `--small` every case has these, so that a test runs the script in no time.
 SMALL_SHAPES = {"word_embeddings": (500, 4), "position_embeddings": (130, 4)}
-SMALL_NUM_GRADS = 4
+SMALL_NUM_GRADS = 8
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -209,6 +216,80 @@ def measure(
     }
 
 
+def measure_split(case: Case, num_devices: int, repeats: int) -> dict[str, float]:
+    """Measures the update of a case whose window is split over devices."""
+    mesh = jax.make_mesh((num_devices,), ("data",), devices=jax.devices()[:num_devices])
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    optimizer = mfac_jax.scale_by_mfac(
+        case.num_grads, window=case.window, window_axis="data"
+    )
+    with jax.set_mesh(mesh):
+        params = {
+            name: jnp.zeros(shape, device=everywhere)
+            for name, shape in case.shapes.items()
+        }
+        shardings = mfac_jax.state_shardings(optimizer, params, mesh, "data")
+        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+        update = jax.jit(
+            optimizer.update, donate_argnums=1, out_shardings=(everywhere, shardings)
+        )
+        keys = map(jax.random.key, range(repeats + 2))
+        gradients = [random_gradient(key, tuple(case.shapes.items())) for key in keys]
+        gradients = jax.block_until_ready(jax.device_put(gradients, everywhere))
+        compiled: Any = update.lower(gradients[0], state).compile()
+        seconds = []
+        for gradient in gradients:
+            start = time.perf_counter()
+            _, state = jax.block_until_ready(compiled(gradient, state))
+            seconds.append(time.perf_counter() - start)
+    assert state.num_raised == 0, "the damping was raised"
+
+    def own_bytes(tree: Any) -> int:
+        return sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(tree))
+
+    return {
+        "num_grads": case.num_grads,
+        "devices": num_devices,
+        "window_mb": own_bytes(state.window) / 1e6,
+        "state_mb": own_bytes(state) / 1e6,
+        "temporaries_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        "update_ms": 1e3 * statistics.median(seconds[2:]),
+    }
+
+
+def print_split(args: argparse.Namespace) -> None:
+    """Prints the table of `--devices`."""
+    jax.config.update("jax_num_cpu_devices", max(args.devices))
+    titles = ["window", "m", "devices", "window", "state", "temporaries", "ms"]
+    print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * 6)
+    results = []
+    for name in args.cases:
+        for num_devices in args.devices:
+            found = measure_split(case_of(name, args.small), num_devices, args.repeats)
+            print(
+                f"| {name} | {found['num_grads']} | {num_devices} | "
+                f"{found['window_mb']:,.1f} MB | {found['state_mb']:,.1f} MB | "
+                f"{found['temporaries_mb']:,.1f} MB | {found['update_ms']:.1f} |",
+                flush=True,
+            )
+            results.append({"window": name, **found})
+            write_results(args.output, {"results": results})
+
+
+def case_of(name: str, small: bool) -> Case:
+    """Returns a case, with tiny shapes for a trial."""
+    case = CASES[name]
+    if not small:
+        return case
+    return case._replace(num_grads=SMALL_NUM_GRADS, shapes=SMALL_SHAPES)
+
+
+def write_results(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Writes what has been measured so far."""
+    if path is not None:
+        path.write_text(json.dumps({**environment(), **content}, indent=2) + "\n")
+
+
 def environment() -> dict[str, str]:
     """Returns device, versions and commit."""
     commit = ""
@@ -236,11 +317,15 @@ def main() -> None:
         choices=CASES,
         default=[name for name in CASES if name not in LARGE],
     )
+    parser.add_argument("--devices", type=int, nargs="+", metavar="N")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--small", action="store_true", help="Tiny shapes: a trial.")
     parser.add_argument("--traces", type=Path, metavar="DIR", help="Where to put them.")
     parser.add_argument("--output", type=Path, help="Where to write the JSON.")
     args = parser.parse_args()
+    if args.devices:
+        print_split(args)
+        return
     products, copy, nbytes = make_passes(1_000 if args.small else 999_936)
     copied = nbytes / best_time(copy, 4) / 1e9
     print(f"A copy moves {copied:.1f} GB/s.\n")
@@ -248,12 +333,10 @@ def main() -> None:
     print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * 7)
     results = {}
     for name in args.cases:
-        case = CASES[name]
-        if args.small:
-            case = case._replace(num_grads=SMALL_NUM_GRADS, shapes=SMALL_SHAPES)
         trace = None
         if args.traces is not None:
             trace = args.traces / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.pb"
+        case = case_of(name, args.small)
         found = measure(case, products, nbytes, args.repeats, trace)
         print(
             f"| {name} | {found['num_grads']} | {found['window_mb']:,.0f} | "
@@ -263,9 +346,7 @@ def main() -> None:
             flush=True,
         )
         results[name] = found
-        if args.output is not None:
-            content = {**environment(), "copy_gb_per_s": copied, "results": results}
-            args.output.write_text(json.dumps(content, indent=2) + "\n")
+        write_results(args.output, {"copy_gb_per_s": copied, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The shardings of an optimizer state on a mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from mfac_jax.windows._layout import trailing_axes
 def state_shardings(
     opt: optax.GradientTransformation,
     params_or_shapes: Any,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     axis: AxisName,
 ) -> Any:
     """Returns the shardings of an optimizer state with windows split over devices.
@@ -48,7 +48,8 @@ def state_shardings(
       params_or_shapes: The parameters, or their :class:`jax.ShapeDtypeStruct`. Their
         ``sharding`` counts where it is a :class:`jax.sharding.NamedSharding`; other
         leaves are on every device.
-      mesh: The mesh, with automatic or explicit axes.
+      mesh: The mesh, with automatic or explicit axes; to plan without devices a
+        :class:`jax.sharding.AbstractMesh`.
       axis: The mesh axis over which windows are split, or a tuple of axes.
 
     Returns:
@@ -61,14 +62,14 @@ def state_shardings(
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax
-      >>> mesh = jax.make_mesh((1,), ('data',))
+      >>> mesh = jax.sharding.AbstractMesh((8,), ('data',))
       >>> params = {'w': jnp.zeros((3, 4))}
-      >>> opt = mfac_jax.scale_by_mfac(num_grads=8, window_axis='data')
+      >>> opt = mfac_jax.scale_by_mfac(num_grads=16, window_axis='data')
       >>> shardings = mfac_jax.state_shardings(opt, params, mesh, 'data')
-      >>> print(shardings.window['w'].values.spec, shardings.gram.spec)
-      P('data', None, None) P()
-      >>> with jax.set_mesh(mesh):
-      ...   state = jax.jit(opt.init, out_shardings=shardings)(params)
+      >>> shardings.window['w'].values.shard_shape((16, 3, 4))
+      (2, 3, 4)
+      >>> shardings.gram.is_fully_replicated
+      True
     """
     check_axis(mesh, axis, "axis")
     in_full = NamedSharding(mesh, PartitionSpec())
@@ -82,45 +83,48 @@ def state_shardings(
         return isinstance(node, optax.MaskedNode)
 
     of_params = jax.tree.map(of_parameter, params_or_shapes)
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = jax.eval_shape(opt.init, params_or_shapes)
         shardings = optax.tree.map_params(
-            opt,
+            lambda params: jax.eval_shape(opt.init, params),
             lambda node, sharding: node if is_masked(node) else sharding,
             shapes,
             of_params,
             transform_non_params=lambda _: in_full,
             is_leaf=is_masked,
         )
-    leaves, of_leaves = named_leaves(params_or_shapes), named_leaves(of_params)
+    leaves, names = named_leaves(params_or_shapes), names_of(axis)
+    specs = {
+        path: without_axes(sharding.spec, names)
+        for path, sharding in named_leaves(of_params).items()
+    }
 
     def with_windows(node: Any, sharding: Any) -> Any:
         if not is_state(node) or not isinstance(node.window, Mapping):
             return sharding
-        rows_per_device(len(node.gram), mesh, axis)
-        window = {
-            path: _of_window(stored, jnp.ndim(leaves[path]), of_leaves[path], axis)
-            for path, stored in node.window.items()
-        }
+        num_grads = len(node.gram)
+        is_split = rows_per_device(num_grads, mesh, axis) < num_grads
+        window = {}
+        for path, stored in node.window.items():
+            missing = jnp.ndim(leaves[path]) - len(specs[path])
+            of_leaf = [*specs[path], *[None] * missing]
+            of_fields = _specs(stored, axis if is_split else None, of_leaf)
+            window[path] = stored._replace(
+                **{name: NamedSharding(mesh, spec) for name, spec in of_fields.items()}
+            )
         return sharding._replace(window=window)
 
     return jax.tree.map(with_windows, shapes, shardings, is_leaf=is_state)
 
 
-def _of_window(
-    stored: Any, num_axes: int, sharding: NamedSharding, axis: AxisName
-) -> Any:
-    """Returns the shardings of the window of a parameter with these axes."""
-    of_leaf = without_axes(sharding.spec, names_of(axis))
-    of_leaf = [*of_leaf, *[None] * (num_axes - len(of_leaf))]
-    trailing = trailing_axes(stored, of_leaf)
-    specs = {
+def _specs(
+    stored: Any, axis: AxisName | None, of_leaf: Sequence[Any]
+) -> dict[str, PartitionSpec]:
+    """Returns the specs of the fields of a window."""
+    gradients, trailing = gradient_fields(stored), trailing_axes(stored, of_leaf)
+    return {
         name: PartitionSpec(axis, *trailing.get(name, []))
-        for name in gradient_fields(stored)
+        if name in gradients
+        else PartitionSpec()
+        for name in stored._fields
     }
-    return stored._replace(
-        **{
-            name: NamedSharding(sharding.mesh, specs.get(name, PartitionSpec()))
-            for name in stored._fields
-        }
-    )

@@ -26,12 +26,14 @@ class Shares(NamedTuple):
     Attributes:
       num_grads: The number of rows ``m``.
       num_rows: The number of rows of a device.
-      names: The mesh axes that they are split over; none if every device has all rows.
+      axes: The mesh axes of the window.
+      names: Those axes if they have several devices, otherwise none.
       is_mapped: Whether the caller is inside :func:`jax.shard_map` over these axes.
     """
 
     num_grads: int
     num_rows: int
+    axes: tuple[str, ...]
     names: tuple[str, ...]
     is_mapped: bool
 
@@ -60,6 +62,7 @@ class Shares(NamedTuple):
           *args: Trees of arrays, passed to every device in full.
           writes: Whether the function returns windows.
         """
+        args = jax.tree.map(self.in_full, args)
         if self.is_mapped or not self.names:
             return function(windows, *args)
         everywhere = PartitionSpec()
@@ -72,7 +75,7 @@ class Shares(NamedTuple):
             in_specs=(split, *[everywhere] * len(args)),
             out_specs=split if writes else everywhere,
             axis_names=set(self.names),
-        )(windows, *jax.tree.map(self.in_full, args))
+        )(windows, *args)
 
     def gather(self, products: jax.Array) -> jax.Array:
         """Returns the products of all rows from those of each device's rows."""
@@ -113,12 +116,19 @@ class Shares(NamedTuple):
         :func:`jax.shard_map` gathers leaves itself, except over explicit axes.
         """
         sharding = jax.typeof(leaf).sharding
-        spec = without_axes(sharding.spec, self.names)
+        spec = without_axes(sharding.spec, self.axes)
         if self.is_mapped or spec == sharding.spec:
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf.update(sharding=NamedSharding(sharding.mesh, spec))
         return jax.sharding.reshard(leaf, spec)
+
+    def as_gradient(self, update: jax.Array, grad: jax.Array) -> jax.Array:
+        """Returns an update that explicit axes split as its gradient."""
+        spec = jax.typeof(grad).sharding.spec
+        if self.is_mapped or spec == jax.typeof(update).sharding.spec:
+            return update
+        return jax.sharding.reshard(update, spec)
 
     def check(self, windows: Any) -> None:
         """Raises a ValueError unless all windows have the rows of this device."""
@@ -158,18 +168,17 @@ def shares_of(num_grads: int, axis: AxisName | None) -> Shares:
     Raises:
       ValueError: If the mesh has no such axis, or the axis does not divide the window.
     """
-    mesh, names = jax.sharding.get_abstract_mesh(), names_of(axis)
+    mesh, axes = jax.sharding.get_abstract_mesh(), names_of(axis)
     check_axis(mesh, axis, "window_axis")
     num_rows = rows_per_device(num_grads, mesh, axis)
-    if num_rows == num_grads:
-        names = ()
+    names = axes if num_rows < num_grads else ()
     mapped = [name for name in names if name in mesh.manual_axes]
     if mapped and len(mapped) < len(names):
         raise ValueError(
             f"window_axis {axis!r}: jax.shard_map must map all of these axes or none, "
             f"it maps {mapped}."
         )
-    return Shares(num_grads, num_rows, names, bool(mapped))
+    return Shares(num_grads, num_rows, axes, names, bool(mapped))
 
 
 def check_axis(mesh: Any, axis: AxisName | None, argument: str) -> None:

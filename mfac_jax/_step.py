@@ -162,7 +162,11 @@ def precondition(
         num_rejected=_add_if(~accepted, state.num_rejected),
         num_saturated=_add_if(saturated, state.num_saturated),
     )
-    return treedef.unflatten(x for x, _ in narrowed), new_state, accepted
+    updates = treedef.unflatten(
+        shares.as_gradient(x, leaf)
+        for (x, _), leaf in zip(narrowed, leaves, strict=True)
+    )
+    return updates, new_state, accepted
 
 
 def _scaled(

@@ -97,6 +97,7 @@ LAYOUTS = {
     "two axes": ((4, 2), AxisType.Auto, P("model"), ("data", "model")),
     "explicit": ((8,), AxisType.Explicit, P(), "data"),
     "explicit fsdp": ((8,), AxisType.Explicit, P("data"), "data"),
+    "explicit, one device": ((1,), AxisType.Explicit, P("data"), "data"),
     "explicit columns": ((4, 2), AxisType.Explicit, P(None, "model"), "data"),
 }
 CASES = [("mfac", layout) for layout in LAYOUTS]
@@ -125,10 +126,21 @@ def test_every_update_is_that_of_one_device(on_one_device, name, layout):
             opt.update, donate_argnums=1, out_shardings=(of_params, shardings)
         )
         for gradient, of_one in zip(grads, expected, strict=True):
-            found, state = update(jax.device_put(gradient, of_params), state)
+            gradient = jax.device_put(gradient, of_params)
+            found, state = update(gradient, state)
             assert relative_error(found, of_one) <= 2e-6
+        shapes = jax.eval_shape(opt.update, gradient, state)[0]
+    if axis_type == AxisType.Explicit:  # Of the others the type does not tell.
+        assert jax.tree.map(lambda x: x.sharding.spec, shapes) == jax.tree.map(
+            lambda x: jax.typeof(x).sharding.spec, gradient
+        )
     assert update._cache_size() == 1
-    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    assert all(
+        x.sharding.is_equivalent_to(sharding, x.ndim)
+        for x, sharding in zip(
+            jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
+        )
+    )
     state, last = (getattr(s, "mfac", s) for s in (state, last))
     assert state.num_raised == 0
     np.testing.assert_allclose(state.gram, last.gram, rtol=2e-6, atol=4e-3)
