@@ -64,12 +64,28 @@ class Arguments:
         False, "Initialize weights of another shape, such as another task's head."
     )
     overwrite_cache: bool = _flag(False, "Tokenize again what is cached.")
+    num_devices: Limit = _flag(None, "Devices of each process to use, or all of them.")
+    distributed: bool = _flag(
+        False, "Train on several processes, started by Slurm, Open MPI or the like."
+    )
+    coordinator_address: str | None = _flag(
+        None, "Host and free port of process 0; implies --distributed."
+    )
+    num_processes: Limit = _flag(None, "The number of processes; implies the same.")
+    process_id: Annotated[int | None, 0] = _flag(
+        None, "The number of this process, from 0; implies the same."
+    )
+    heartbeat_timeout_seconds: Count = _flag(
+        100, "Seconds after which a silent process counts as dead, and all end."
+    )
     max_train_samples: Fixed[Limit] = _flag(None, "Train on the first examples only.")
     max_eval_samples: Limit = _flag(None, "The same for evaluation.")
     max_predict_samples: Limit = _flag(None, "The same for prediction.")
-    per_device_train_batch_size: Fixed[Count] = _flag(8, "Examples per forward pass.")
+    per_device_train_batch_size: Count = _flag(
+        8, "Examples per forward pass on each device."
+    )
     per_device_eval_batch_size: Count = _flag(8, "The same in evaluation.")
-    gradient_accumulation_steps: Fixed[Count] = _flag(
+    gradient_accumulation_steps: Count = _flag(
         1, "Forward passes whose gradients are averaged for one training step."
     )
     optim: Fixed[str] = _flag(
@@ -137,6 +153,12 @@ class Arguments:
     def fixed(self) -> dict[str, Any]:
         """The flags that a resumed run must share with the run it resumes."""
         return {f"--{name}": getattr(self, name) for name in self._annotated(str)}
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether this is one of several processes of a run."""
+        given = (self.coordinator_address, self.num_processes, self.process_id)
+        return self.distributed or any(value is not None for value in given)
 
     @property
     def data_name(self) -> str:

@@ -1,4 +1,4 @@
-"""Files written atomically."""
+"""Files written atomically, by the first process of a run alone."""
 
 import json
 import math
@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from bert_finetune.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically, in UTF-8."""
+    if jax.process_index() > 0:
+        return
     partial = path.with_name(f".{path.name}.partial")
     # Names of files need not be UTF-8.
     partial.write_text(text, "utf-8", errors="replace")
@@ -35,6 +39,8 @@ def _finite(content: Any) -> Any:
 
 def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
     """Appends one line to a `.jsonl` file."""
+    if jax.process_index() > 0:
+        return
     with open(path, "a") as file:
         file.write(json.dumps(_finite(content), allow_nan=False) + "\n")
 

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 from bert_finetune.arguments import Arguments
-from bert_finetune.errors import UserError
+from bert_finetune.errors import UserError, first_line
 from bert_finetune.files import read_json_lines, write_json
 from bert_finetune.reporting.log import METRICS_FILE
 from bert_finetune.reporting.model_card import write_model_card
 from bert_finetune.reporting.plots import plot_curves
-from bert_finetune.training import loop, optimizers, output_dir
+from bert_finetune.training import devices, loop, optimizers, output_dir
 from bert_finetune.training.task import Task
 
 
@@ -27,16 +27,30 @@ def finetune(
     """
     # Before anything slow.
     hyperparams = optimizers.parse_hyperparams(args) if args.do_train else {}
-    task = load_task(args)
+    devices.join(args)
+    mesh = devices.make_mesh(args.num_devices)
+    optimizers.check_num_grads(hyperparams, mesh.size)
+    with devices.one_console(), _explained(args):
+        task = load_task(args)
+        with jax.set_mesh(mesh):
+            return _finetune(task, hyperparams, command)
+
+
+def _finetune(
+    task: Task, hyperparams: dict[str, Any], command: str
+) -> dict[str, float]:
+    args = task.args
     run = loop.prepare(task, hyperparams) if args.do_train else None
-    with output_dir.locked(args) as directory, _explained():
+    with output_dir.locked(args) as directory:
         for note in task.model.notes:
             print(note)
-        params, train_results, results = task.model.params, {}, {}
+        train_results, results = {}, {}
         if run is not None:
             params, train_results, results = loop.train(run, directory)
-        elif args.do_eval:
-            results = task.evaluate(params)
+        else:
+            params = devices.put(task.model.params)
+            if args.do_eval:
+                results = task.evaluate(params)
         for kind, values in {"train": train_results, "eval": results}.items():
             if values:
                 write_json(directory / f"{kind}_results.json", values)
@@ -44,7 +58,7 @@ def finetune(
                 print(f"{name:28} {value:.4f}")
         if args.do_predict:
             task.predict(params)
-        if run is not None:
+        if run is not None and jax.process_index() == 0:
             _write_reports(run, command, directory, results)
         # Last, since it says that nothing is left to do.
         path = directory / "all_results.json"
@@ -55,13 +69,19 @@ def finetune(
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Turns a lack of memory on the device into a user error."""
+def _explained(args: Arguments) -> Iterator[None]:
+    """Turns a lack of memory on the device, or of a process, into a user error."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            if jax.process_count() == 1:
+                raise
+            raise UserError(
+                f"process {jax.process_index()} has lost another one, whose output has "
+                f"the reason ({first_line(error)}). Once all have ended, the same "
+                "command resumes from the last checkpoint."
+            ) from error
         raise UserError(
             "the device has not enough memory: lower --per_device_train_batch_size, "
             "and raise --gradient_accumulation_steps for the same steps; for MFAC "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets
+import filelock
 import numpy as np
 import pyarrow as pa
 
@@ -90,10 +91,12 @@ def map_cached(
         cache_file_name=str(file),
         new_fingerprint=fingerprint,
     )
-    try:
-        result = tokenize_all(load_from_cache_file=not overwrite_cache)
-    except pa.ArrowException:  # The cached file is damaged.
-        result = tokenize_all(load_from_cache_file=False)
+    # Of several processes the first to come tokenizes, and the others read.
+    with filelock.FileLock(f"{file}.lock"):
+        try:
+            result = tokenize_all(load_from_cache_file=not overwrite_cache)
+        except pa.ArrowException:  # The cached file is damaged.
+            result = tokenize_all(load_from_cache_file=False)
     _reset(tokenizer)
     return result
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import BertConfig
@@ -20,8 +19,13 @@ from bert_finetune.glue.metrics import glue_metrics
 from bert_finetune.glue.tasks import GlueTask
 from bert_finetune.model import bert, pretrained
 from bert_finetune.reporting.model_card import Description
-from bert_finetune.training import losses
-from bert_finetune.training.task import check_flags, padded_lengths, speed
+from bert_finetune.training import devices, losses
+from bert_finetune.training.task import (
+    check_flags,
+    eval_batch_size,
+    padded_lengths,
+    speed,
+)
 
 _MODEL_CLASS = bert.BertForSequenceClassification
 # Hugging Face's names for the loss.
@@ -62,7 +66,7 @@ class Classification:
         )
         options = {"is_regression": task.is_regression}
         self.loss = losses.label_loss(apply, **options)
-        self._scores = jax.jit(losses.label_scores(apply, **options))
+        self._scores = devices.spread(losses.label_scores(apply, **options))
         # The model's label for each label of the data.
         self._model_labels = np.array(order)
         self._load_splits()
@@ -130,7 +134,7 @@ class Classification:
             losses_, predictions = self._predictions(params, features)
             labels = self._in_data(features.targets["labels"])
             seconds = time.perf_counter() - started
-            batch_size = self.args.per_device_eval_batch_size
+            batch_size = eval_batch_size(self.args)
             values = {
                 "loss": float(losses_.mean()),
                 **glue_metrics(task.metrics, labels, predictions),
@@ -144,8 +148,8 @@ class Classification:
         self, params: bert.Params, features: Features
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns losses and predictions, these in the labels of the data."""
-        batch_size = self.args.per_device_eval_batch_size
-        batches = eval_batches(features, batch_size, padded_lengths(self.args))
+        batch_size, lengths = eval_batch_size(self.args), padded_lengths(self.args)
+        batches = eval_batches(features, batch_size, lengths)
         found = [self._scores(params, batch) for batch in prefetch(batches)]
         # The last batch is filled up.
         losses_, predictions = (

@@ -52,7 +52,7 @@ _IGNORED = {
 class Pretrained(NamedTuple):
     """A model read from a directory."""
 
-    params: bert.Params
+    params: bert.Params  # On the host, as read.
     config: BertConfig  # With the labels of the task.
     tokenizer: PreTrainedTokenizerBase
     model_class: bert.ModelClass
@@ -95,6 +95,7 @@ def load_pretrained(
         task=task,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
+    params = jax.device_get(params)
     return Pretrained(params, config, tokenizer, model_class, notes + more_notes)
 
 

@@ -20,8 +20,13 @@ from bert_finetune.squad import metrics
 from bert_finetune.squad.answers import Answer, find_answers
 from bert_finetune.squad.chunks import Chunks, answer_positions, cut
 from bert_finetune.squad.questions import Questions, full_name, load_split
-from bert_finetune.training import losses
-from bert_finetune.training.task import check_flags, padded_lengths, speed
+from bert_finetune.training import devices, losses
+from bert_finetune.training.task import (
+    check_flags,
+    eval_batch_size,
+    padded_lengths,
+    speed,
+)
 
 _MODEL_CLASS = bert.BertForQuestionAnswering
 _METRICS = {False: ["exact_match", "f1"], True: ["exact", "f1"]}
@@ -49,7 +54,7 @@ class QuestionAnswering:
             model.config, _MODEL_CLASS, dtype=jnp.bfloat16 if args.bf16 else None
         )
         self.loss = losses.span_loss(apply)
-        self._span_logits = jax.jit(losses.span_logits(apply))
+        self._span_logits = devices.spread(losses.span_logits(apply))
         if args.do_train:
             self._train = load_split(args, "train", args.max_train_samples)
         if args.do_eval:
@@ -113,7 +118,7 @@ class QuestionAnswering:
         else:
             values = metrics.squad_metrics(golds, texts)
         num_chunks = chunks.features.num_examples
-        values |= speed(seconds, num_chunks, args.per_device_eval_batch_size)
+        values |= speed(seconds, num_chunks, eval_batch_size(args))
         return {f"eval_{name}": value for name, value in values.items()}
 
     def predict(self, params: bert.Params) -> None:
@@ -127,7 +132,7 @@ class QuestionAnswering:
         self, questions: Questions, chunks: Chunks, params: bert.Params
     ) -> list[Answer]:
         args = self.args
-        batch_size, lengths = args.per_device_eval_batch_size, padded_lengths(args)
+        batch_size, lengths = eval_batch_size(args), padded_lengths(args)
         is_token, outputs = [], []
         for batch in prefetch(eval_batches(chunks.features, batch_size, lengths)):
             is_row = batch["weights"][:, None] == 1

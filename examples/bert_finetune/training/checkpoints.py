@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -126,17 +125,15 @@ def read_loop_state(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]
 def read_state(
     manager: ocp.CheckpointManager,
     step: int,
+    shapes: TrainState,
     init_state: Callable[[], TrainState],
     has_window: bool,
 ) -> TrainState:
-    """Reads the state of a checkpoint, which has the shapes of the initial state.
+    """Reads the state of a checkpoint, which has these shapes, with these shardings.
 
-    Without its window (``has_window``, from the loop state) M-FAC starts with an empty
-    one.
+    Without its window (``has_window``, from the loop state) M-FAC starts with the empty
+    one of the initial state.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(init_state)
-    shapes = jax.tree.map(lambda x: x.update(sharding=device), shapes)
     if not has_window:
         shapes = mfac_jax.drop_windows(shapes)
     item = ocp.args.StandardRestore(shapes)  # pyright: ignore[reportCallIssue]

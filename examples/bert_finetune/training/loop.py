@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import math
+import os
 import signal
 import sys
 import threading
@@ -15,13 +16,21 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from bert_finetune.arguments import Arguments
 from bert_finetune.data import batches
 from bert_finetune.errors import Interrupted, UserError, first_line
 from bert_finetune.model import bert, pretrained
 from bert_finetune.reporting.log import Log
-from bert_finetune.training import checkpoints, memory, optimizers, output_dir, steps
+from bert_finetune.training import (
+    checkpoints,
+    devices,
+    memory,
+    optimizers,
+    output_dir,
+    steps,
+)
 from bert_finetune.training.task import Task, padded_lengths
 
 # The padded lengths of so many batches are compiled ahead, and their tokens counted.
@@ -41,7 +50,8 @@ def prepare(task: Task, hyperparams: dict[str, Any]) -> Run:
     """Tokenizes the training data and builds the optimizer."""
     args = task.args
     features = task.train_features()
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch_size = args.per_device_train_batch_size * devices.count()
+    batch_size *= args.gradient_accumulation_steps
     num_steps = args.max_steps
     if num_steps < 0:
         steps_per_epoch = math.ceil(features.num_examples / batch_size)
@@ -88,7 +98,7 @@ def train(
             num_steps,
             run.train_data.steps_per_epoch,
             args.logging_steps,
-            args.report_to == "tensorboard",
+            args.report_to == "tensorboard" and jax.process_index() == 0,
             saved.get("log", {}),
         ) as log:
             state, seconds = _take_steps(run, manager, state, log, saved)
@@ -117,12 +127,14 @@ def _describe(run: Run, state: steps.TrainState) -> None:
     train_data, optimizer = run.train_data, run.optimizer
     lengths = sorted({batch["input_ids"].shape[1] for batch in run.first_batches})
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    num_devices = devices.count()
     print(
         f"Training on {train_data.features.num_examples:,} examples: "
         f"{train_data.num_steps:,} steps of {train_data.batch_size}, padded to "
         f"{', '.join(map(str, lengths))} tokens; {num_params:,} parameters.\n"
         f"{optimizer.name} with {optimizer.hyperparams}; its state takes "
-        f"{memory.nbytes(state.opt_state) / 1e9:.2f} GB."
+        f"{memory.nbytes(memory.on_device(state.opt_state)) / 1e9:.2f} GB"
+        f"{f' on each of {num_devices} devices' if num_devices > 1 else ''}."
     )
     size = checkpoints.window_nbytes(state)
     if size and not run.task.args.save_window:
@@ -148,12 +160,14 @@ def _take_steps(
     began = time.perf_counter() - saved.get("seconds", 0.0)
     queue = steps.MetricsQueue(log.step)
     coming = batches.prefetch(batches.train_batches(run.train_data, start))
-    with _named_last_good(manager), _stop_signals() as stop_signals:
+    stop_signals = _common_stop_signals if jax.process_count() > 1 else _stop_signals
+    with _named_last_good(manager), stop_signals() as stop_signal:
         for step, batch in enumerate(coming, start + 1):
             state, metrics = train_step(state, batch)
             queue.put(step, metrics)
             eval_due, save_due = _due(run, step)
-            if not (eval_due or save_due or stop_signals):
+            signal_number = stop_signal(step)
+            if not (eval_due or save_due or signal_number):
                 continue
             queue.flush()
             steps.check_finite(state)
@@ -161,11 +175,11 @@ def _take_steps(
             if eval_due:
                 results = run.task.evaluate(state.params)
                 log.evaluation(step, results)
-            if save_due or stop_signals:
+            if save_due or signal_number:
                 seconds = time.perf_counter() - began
                 path = _save_checkpoint(run, manager, state, log, seconds, results)
-                if stop_signals:
-                    raise _interrupted(stop_signals[0], step, run, path)
+                if signal_number:
+                    raise _interrupted(signal_number, step, run, path)
         queue.flush()
         steps.check_finite(state)
     return state, time.perf_counter() - began
@@ -178,8 +192,7 @@ def _compiled_step(run: Run, state: steps.TrainState) -> Callable[..., Any]:
         schedule=run.optimizer.schedule,
         accumulation_steps=run.task.args.gradient_accumulation_steps,
     )
-    shapes = jax.eval_shape(lambda: state)
-    return steps.compile_ahead(train_step, shapes, run.first_batches)
+    return steps.compile_ahead(train_step, state, run.first_batches)
 
 
 def _due(run: Run, step: int) -> tuple[bool, bool]:
@@ -214,6 +227,8 @@ def _save_checkpoint(
         _save_model(run.task, state.params, path)
         return path
     except Exception as error:  # A run is worth more than its checkpoint.
+        if jax.process_count() > 1:  # The others wait for this one to save.
+            raise
         what = f"checkpoint-{int(state.step)} cannot be written"
         print(f"warning: {what}: {type(error).__name__}: {error}", file=sys.stderr)
         return None
@@ -266,7 +281,12 @@ def _restore(
             saved = checkpoints.read_loop_state(manager, step)
             _check_same_run(run, saved["fingerprint"], path)
             has_window = saved["has_window"]
-            state = checkpoints.read_state(manager, step, init_state, has_window)
+            shapes = steps.state_shapes(
+                run.task.model.params, run.optimizer.transformation
+            )
+            state = checkpoints.read_state(
+                manager, step, shapes, init_state, has_window
+            )
         except UserError:
             raise
         except Exception as error:  # Whatever orbax raises for a damaged checkpoint.
@@ -297,6 +317,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
         examples.update(array.tobytes())
     return {
         **run.task.args.fixed,
+        "the batch size of all devices": run.train_data.batch_size,
         "the hyper-parameters": run.optimizer.hyperparams,
         "the hash of the training examples": examples.hexdigest()[:16],
     }
@@ -322,12 +343,15 @@ def _load_best(
         return params
     path = Path(manager.directory, f"checkpoint-{step}")
     print(f"The best model is that of {path}.")
+    # The first process may still be writing it.
+    multihost_utils.sync_global_devices("best model")
     tensors = pretrained.read_tensors(path)
-    return pretrained.params_from_tensors(tensors, params, path)[0]
+    return devices.put(pretrained.params_from_tensors(tensors, params, path)[0])
 
 
 def _save_model(task: Task, params: bert.Params, directory: Path) -> None:
-    pretrained.save_pretrained(directory, task.model._replace(params=params))
+    if jax.process_index() == 0:
+        pretrained.save_pretrained(directory, task.model._replace(params=params))
 
 
 @contextlib.contextmanager
@@ -344,11 +368,14 @@ def _named_last_good(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Yields a list that gets the number of a signal to stop; a second one kills."""
+def _stop_signals() -> Iterator[Callable[[int], int | None]]:
+    """Yields a function of the step: the signal to stop after it, if there is one.
+
+    A second signal kills.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received  # Only the main thread may handle signals.
+        yield lambda step: None  # Only the main thread may handle signals.
         return
     previous: dict[int, Any] = {}
 
@@ -359,10 +386,33 @@ def _stop_signals() -> Iterator[list[int]]:
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, receive)
     try:
-        yield received
+        yield lambda step: received[0] if received else None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _common_stop_signals() -> Iterator[Callable[[int], int | None]]:
+    """Likewise for several processes, which all stop after the same step.
+
+    JAX handles SIGTERM itself and tells the other processes; SIGINT becomes one.
+    """
+
+    def receive(*_: Any) -> None:
+        signal.signal(signal.SIGINT, previous)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop_signal(step: int) -> int | None:
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        return signal.SIGTERM if reached else None
+
+    previous = signal.signal(signal.SIGINT, receive)
+    try:
+        yield stop_signal
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _interrupted(number: int, step: int, run: Run, path: Path | None) -> Interrupted:

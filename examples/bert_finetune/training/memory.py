@@ -8,6 +8,7 @@ import psutil
 
 import mfac_jax
 from bert_finetune.errors import UserError
+from bert_finetune.training import devices, steps
 from bert_finetune.training.optimizers import Optimizer
 
 # Next to the optimizer's state: parameters, gradient, update and activations of a
@@ -24,10 +25,27 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def on_device(shapes: Any) -> Any:
+    """Returns the shapes of what one device holds of arrays with these shardings."""
+
+    def part(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+
+    return jax.tree.map(part, shapes)
+
+
 def check_memory(optimizer: Optimizer, params: Any) -> None:
-    """Raises a UserError unless the optimizer's state fits; allocates nothing."""
-    shapes = jax.eval_shape(optimizer.transformation.init, params)
-    state, working = nbytes(shapes), _WORKING_COPIES * nbytes(params)
+    """Raises a UserError unless the optimizer's state fits; allocates nothing.
+
+    The memory is that of a device; the devices of a CPU share that of the host.
+    """
+    num_devices, num_sharing = devices.count(), 1
+    if jax.default_backend() == "cpu":
+        num_sharing = num_devices // jax.process_count()
+    shapes = steps.state_shapes(params, optimizer.transformation).opt_state
+    shapes = on_device(shapes)
+    copy = num_sharing * nbytes(params)
+    state, working = num_sharing * nbytes(shapes), _WORKING_COPIES * copy
     available = available_memory()
     if state + working <= available:
         return
@@ -37,10 +55,11 @@ def check_memory(optimizer: Optimizer, params: Any) -> None:
         "are available."
     )
     if num_grads := optimizer.hyperparams.get("num_grads"):
-        window = mfac_jax.window_nbytes(shapes)
+        window = num_sharing * mfac_jax.window_nbytes(shapes)
         # Less one gradient: a top-k window also keeps an error of that size.
-        for_window = available - working - (state - window) - nbytes(params)
+        for_window = available - working - (state - window) - copy
         fitting = max(0, for_window * num_grads // window)
+        fitting -= fitting % num_devices
         message += (
             f" Its window holds num_grads = {num_grads} gradients; {fitting} would "
             "fit: lower num_grads in --optim_args."

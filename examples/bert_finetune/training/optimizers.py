@@ -120,6 +120,18 @@ def parse_hyperparams(args: Arguments) -> dict[str, Any]:
     return hyperparams
 
 
+def check_num_grads(hyperparams: Mapping[str, Any], num_devices: int) -> None:
+    """Raises a UserError unless the window can be split over the devices."""
+    num_grads = hyperparams.get("num_grads", 0)
+    if num_grads % num_devices:
+        above = num_grads + -num_grads % num_devices
+        raise UserError(
+            f"num_grads in --optim_args must be a multiple of {num_devices}, the "
+            f"devices that share the window, got {num_grads}: give {above}, or "
+            "--num_devices."
+        )
+
+
 def _parse_json(optim_args: str | None) -> dict[str, Any]:
     if optim_args is None:
         return {}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
+import jax
 
 from bert_finetune.arguments import Arguments
 from bert_finetune.errors import UserError
@@ -25,10 +26,17 @@ _RESULTS = (
 def locked(args: Arguments) -> Iterator[Path]:
     """Makes the output directory and keeps other runs out of it.
 
+    The first process of a run does that for the others, which find the same mistakes.
+
     Raises a UserError if it cannot be written, another run is using it, or training
     would mix with its contents.
     """
     directory = Path(args.output_dir)
+    if jax.process_index() > 0:
+        if args.do_train and directory.exists():
+            _check_contents(args, directory)
+        yield directory
+        return
     is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -78,6 +86,6 @@ def _check_contents(args: Arguments, directory: Path) -> None:
 
 def begin(args: Arguments, directory: Path) -> None:
     """Removes the results of earlier runs, and writes down the flags of this one."""
-    for name in _RESULTS:
+    for name in _RESULTS if jax.process_index() == 0 else ():
         (directory / f"{name}.json").unlink(missing_ok=True)
     write_json(directory / ARGUMENTS_FILE, dataclasses.asdict(args))

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mfac_jax
 from bert_finetune.errors import UserError
 from bert_finetune.model import bert
+from bert_finetune.training import devices
 from bert_finetune.training.losses import LossFn
 
 # Steps that may be dispatched before the first of them has to be finished.
@@ -33,12 +35,43 @@ class TrainState(NamedTuple):
 def init_state(
     params: bert.Params, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """Returns the state before the first step."""
+    """Returns the state before the first step, each array on its devices."""
+    params = devices.put(params)
+    shardings = state_shardings(params, optimizer, devices.mesh())
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def init(params):
+        return _initial_state(params, optimizer, seed)
+
+    return init(params)
+
+
+def _initial_state(params, optimizer, seed):
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=jax.jit(optimizer.init)(params),
+        opt_state=optimizer.init(params),
         dropout_key=jax.random.key(seed),
+    )
+
+
+def state_shapes(
+    params: bert.Params, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Returns the shapes of the state, with the sharding of each array."""
+    shapes = jax.eval_shape(lambda x: _initial_state(x, optimizer, 0), params)
+    shardings = state_shardings(params, optimizer, devices.mesh())
+    return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
+
+
+def state_shardings(
+    params: bert.Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Returns the sharding of each array: all are replicated but M-FAC's window."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda _: replicated,
+        jax.eval_shape(lambda x: _initial_state(x, optimizer, 0), params),
     )
 
 
@@ -53,16 +86,18 @@ def make_train_step(
 
     ``metrics`` are scalars on the device: loss, what the loss function adds, M-FAC's
     diagnostics, and the learning rate if ``schedule`` is given. The model sees the
-    batch in ``accumulation_steps`` equal parts, one after the other; loss and gradient
-    are means over all examples. (`optax.MultiSteps` would hold a second optimizer
-    state.)
+    batch in ``accumulation_steps`` equal parts, one after the other, each over all
+    devices; loss and gradient are means over all examples. (`optax.MultiSteps` would
+    hold a second optimizer state.)
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    mesh, of_parts = devices.mesh(), devices.sharding(None, devices.AXIS)
 
     def accumulated(params, batch, dropout_key):
         total = jnp.sum(batch["weights"])
         num_parts = accumulation_steps
         parts = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch)
+        parts = jax.lax.with_sharding_constraint(parts, of_parts)
 
         def add_part(sums, numbered_part):
             i, part = numbered_part
@@ -87,7 +122,8 @@ def make_train_step(
             metrics["learning_rate"] = schedule(state.step)
         metrics["loss"] = loss
         state = TrainState(state.step + 1, params, opt_state, state.dropout_key)
-        return state, metrics
+        shardings = state_shardings(params, optimizer, mesh)
+        return jax.lax.with_sharding_constraint(state, shardings), metrics
 
     return train_step
 
@@ -97,16 +133,20 @@ def compile_ahead(
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the step, compiled in parallel for the lengths of these batches.
 
-    It compiles other lengths when they come. ``state`` may be shapes.
+    It compiles other lengths when they come, and splits batches over the devices.
+    ``state`` may be shapes.
     """
     by_length = {batch["input_ids"].shape[1]: batch for batch in batches}
-    lowered = [train_step.lower(state, batch) for batch in by_length.values()]
+    lowered = [
+        train_step.lower(state, devices.put(batch, devices.AXIS))
+        for batch in by_length.values()
+    ]
     # XLA compiles without holding Python's lock.
     with ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda step: step.compile(), lowered)
         steps = dict(zip(by_length, compiled, strict=True))
     return lambda state, batch: steps.get(batch["input_ids"].shape[1], train_step)(
-        state, batch
+        state, devices.put(batch, devices.AXIS)
     )
 
 

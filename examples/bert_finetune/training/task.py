@@ -10,6 +10,7 @@ from bert_finetune.errors import UserError
 from bert_finetune.model import bert
 from bert_finetune.model.pretrained import Pretrained
 from bert_finetune.reporting.model_card import Description
+from bert_finetune.training import devices
 from bert_finetune.training.losses import LossFn
 
 
@@ -47,6 +48,11 @@ def padded_lengths(args: Arguments) -> list[int]:
     """Returns the lengths to which batches may be padded."""
     length = args.max_seq_length
     return [length] if args.pad_to_max_length else batch_lengths(length)
+
+
+def eval_batch_size(args: Arguments) -> int:
+    """Returns the examples of a batch over all devices."""
+    return args.per_device_eval_batch_size * devices.count()
 
 
 def speed(seconds: float, num_examples: int, batch_size: int) -> dict[str, float]:

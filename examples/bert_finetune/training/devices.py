@@ -1,0 +1,120 @@
+"""The devices of a run: those of all its processes, in one mesh.
+
+Parameters are replicated over the mesh, batches are split over it. Without a mesh in
+context (`jax.set_mesh`) that is the first device alone.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bert_finetune.arguments import Arguments
+from bert_finetune.errors import UserError, first_line
+
+AXIS = "data"
+
+
+def join(args: Arguments) -> None:
+    """Joins the processes of a run; comes before anything that touches a device."""
+    if not args.is_distributed or jax.distributed.is_initialized():
+        return
+    # Only training asks for the notices: without it SIGTERM must keep its meaning.
+    config: Any = jax.config
+    config.update("jax_enable_preemption_service", args.do_train)
+    timeout = args.heartbeat_timeout_seconds
+    try:
+        jax.distributed.initialize(
+            args.coordinator_address,
+            args.num_processes,
+            args.process_id,
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes cannot be joined: {first_line(error)} Give "
+            "--coordinator_address, --num_processes and --process_id, or start all "
+            "processes by Slurm or Open MPI with --distributed."
+        ) from error
+    # XLA ends a process whose peer has died, and only names the peer.
+    print(
+        f"Process {jax.process_index()} of {jax.process_count()} has joined. If "
+        f"another one dies, this one ends within about {timeout} s; the same command "
+        "resumes from the last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def make_mesh(num_devices: int | None) -> Mesh:
+    """Returns the mesh of these many devices of each process, or of all."""
+    devices = []
+    for process in range(jax.process_count()):
+        local = jax.local_devices(process)
+        if num_devices is not None and num_devices > len(local):
+            raise UserError(
+                f"--num_devices must be at most {len(local)}, the devices of process "
+                f"{process}, got {num_devices}."
+            )
+        devices += local[:num_devices]
+    axis_types = (AxisType.Auto,)
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types, devices=devices)
+
+
+def mesh() -> Mesh:
+    """Returns the mesh in context, or that of the first device."""
+    current = jax.sharding.get_mesh()
+    if isinstance(current, Mesh) and not current.empty:
+        return current
+    return Mesh(np.array(jax.local_devices()[:1]), AXIS)
+
+
+def count() -> int:
+    """Returns the number of devices of all processes."""
+    return mesh().size
+
+
+def sharding(*axes: str | None) -> NamedSharding:
+    """Returns the sharding over these axes of the mesh, or the replicated one."""
+    return NamedSharding(mesh(), PartitionSpec(*axes))
+
+
+def put(tree: Any, *axes: str | None) -> Any:
+    """Places arrays, which every process has as a whole, with this sharding."""
+    placement = sharding(*axes)
+
+    def place(x: Any) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, placement, x.__getitem__)
+
+    return jax.tree.map(place, jax.tree.map(np.asarray, tree))
+
+
+def spread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Jits ``(params, batch) -> outputs``: batches are split, outputs replicated."""
+
+    @functools.cache
+    def jitted(replicated: NamedSharding) -> Callable[..., Any]:
+        return jax.jit(function, out_shardings=replicated)
+
+    return lambda params, batch: jitted(sharding())(params, put(batch, AXIS))
+
+
+@contextlib.contextmanager
+def one_console() -> Iterator[None]:
+    """Silences all processes except the first, apart from errors."""
+    if jax.process_index() == 0:
+        yield
+        return
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
