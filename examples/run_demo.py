@@ -36,8 +36,9 @@ RUNS = {"M-FAC": "--optim adam_mfac", "AdamW": "--optim adamw"}
 FLAGS = (
     f"--task_name qqp --do_train --max_steps {NUM_STEPS} --max_seq_length {MAX_LENGTH} "
     "--learning_rate 2e-4 --warmup_ratio 0 "
-    "--per_device_train_batch_size 32 --per_device_eval_batch_size 100 --logging_steps "
-    "100 --eval_strategy epoch --save_strategy no --overwrite_output_dir"
+    "--per_device_train_batch_size 32 --per_device_eval_batch_size 100 --num_devices 1 "
+    "--logging_steps 100 --eval_strategy epoch --save_strategy no "
+    "--overwrite_output_dir"
 )
 
 

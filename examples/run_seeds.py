@@ -110,6 +110,8 @@ def make_runs(options: argparse.Namespace) -> tuple[flags.Arguments, list[Run]]:
             "--overwrite_output_dir and --resume_from_checkpoint are not for several "
             "runs: finished ones are kept and interrupted ones resume by themselves."
         )
+    if base.is_distributed:
+        raise UserError("--distributed is for single runs, not for several.")
     own_flags: dict[str, list[str]] = {}
     for name, given, optim_args in (entry.partition("=") for entry in options.optims):
         if name in own_flags:

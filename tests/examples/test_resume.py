@@ -54,7 +54,8 @@ def command(root, output_dir, *flags):
         *("--dataset_name", str(root / "glue"), "--output_dir", str(output_dir)),
         *("--max_seq_length", "16", "--per_device_train_batch_size", "4", *MFAC),
         *("--do_train", "--max_steps", str(NUM_STEPS), "--logging_steps", "3"),
-        *("--save_strategy", "steps", "--save_steps", "7", *flags),
+        *("--save_strategy", "steps", "--save_steps", "7", "--num_devices", "1"),
+        *flags,
     ]
 
 

@@ -46,7 +46,7 @@ def command(root, output_dir, task="sst2", *flags):
         *("--model_name_or_path", str(root / "model"), "--task_name", task),
         *("--dataset_name", str(root / "glue"), "--output_dir", str(output_dir)),
         *("--max_seq_length", "20", "--per_device_train_batch_size", "16"),
-        *flags,
+        *("--num_devices", "1", *flags),
     ]
 
 

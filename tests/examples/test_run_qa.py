@@ -41,7 +41,7 @@ def command(root, output_dir, *flags, dataset="squad_v2"):
         *("--model_name_or_path", str(root / "model"), "--dataset_name"),
         *(str(root / dataset), "--output_dir", str(output_dir)),
         *("--max_seq_length", "24", "--doc_stride", "6", "--pad_to_max_length"),
-        *("--per_device_train_batch_size", "12", *flags),
+        *("--per_device_train_batch_size", "12", "--num_devices", "1", *flags),
         *(["--version_2_with_negative"] if dataset == "squad_v2" else []),
     ]
 

@@ -376,6 +376,7 @@ def test_real_runs_interrupted_and_continued(tmp_path, monkeypatch):
         *("--output_dir", str(root), "--do_train", "--do_eval"),
         *("--max_seq_length", "8", "--pad_to_max_length", "--logging_steps", "1"),
         *("--per_device_train_batch_size", "16", "--num_train_epochs", "2"),
+        *("--num_devices", "1"),
     ]
     append = append_json_line
 

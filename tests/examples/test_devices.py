@@ -1,0 +1,220 @@
+"""Runs on several devices and in several processes, against runs on one device."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import run_glue
+import toy_bert
+from bert_finetune.errors import UserError
+from bert_finetune.training import checkpoints
+from safetensors.numpy import load_file
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.eight_devices,
+]
+
+MICRO = pathlib.Path(__file__).parents[1] / "reference" / "bert_micro"
+ADAMW = ["--optim", "adamw", "--learning_rate", "1e-2"]
+ACCUMULATED = ["--gradient_accumulation_steps", "2"]
+
+
+def command(root, output_dir, num_devices, batch_size, *flags):
+    """A run whose batch is spread over these devices."""
+    return [
+        *("--model_name_or_path", str(root / "model"), "--task_name", "sst2"),
+        *("--dataset_name", str(root / "glue"), "--output_dir", str(output_dir)),
+        *("--max_seq_length", "24", "--pad_to_max_length", "--do_train"),
+        *("--logging_steps", "1", "--save_strategy", "steps"),
+        *("--save_total_limit", "9", "--num_devices", str(num_devices)),
+        *("--per_device_train_batch_size", str(batch_size // num_devices), *flags),
+    ]
+
+
+def losses_of(output_dir):
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+def assert_same_losses(output_dir, other, num_steps):
+    found, expected = losses_of(output_dir), losses_of(other)
+    assert [*found] == [*expected] == [*range(1, num_steps + 1)]
+    np.testing.assert_allclose(
+        [*found.values()], [*expected.values()], rtol=0, atol=1e-5
+    )
+
+
+def cut_off(output_dir, step):
+    """Leaves what a run that was killed after this checkpoint would have left."""
+    for path in output_dir.iterdir():
+        if (checkpoints.step_of(path) or 0) > step or path.name == "model.safetensors":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    toy_bert.write_model(root / "model")
+    toy_bert.write_task(root / "glue", "sst2", num_train=40)
+    return root
+
+
+@pytest.mark.parametrize("flags", [[*ADAMW, *ACCUMULATED]], ids=["adamw"])
+def test_eight_devices_train_evaluate_and_resume_as_one(toy, tmp_path, flags):
+    """Each checkpoint is resumed on other devices, and back on the first ones."""
+    flags = ["--max_steps", "12", "--save_steps", "2", "--do_eval", *flags]
+
+    def run(name, num_devices):
+        argv = command(toy, tmp_path / name, num_devices, 16, *flags)
+        return run_glue.main([*argv, "--per_device_eval_batch_size", "2"])
+
+    expected, found = run("one", 1), run("eight", 8)
+    for name in ("eval_loss", "eval_accuracy", "eval_samples"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
+    for step, num_devices in {2: 4, 4: 2, 6: 1, 8: 8}.items():
+        cut_off(tmp_path / "eight", step)
+        run("eight", num_devices)
+    lines = (tmp_path / "eight" / "metrics.jsonl").read_text().splitlines()
+    assert "eval_loss" in json.loads(lines.pop())
+    (tmp_path / "eight" / "metrics.jsonl").write_text("\n".join(lines))
+    one = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[:-1]
+    (tmp_path / "one" / "metrics.jsonl").write_text("\n".join(one))
+    assert_same_losses(tmp_path / "eight", tmp_path / "one", 12)
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory):
+    """The recorded BERT with dropout, and sentences for it."""
+    root = tmp_path_factory.mktemp("micro")
+    shutil.copytree(MICRO, root / "model")
+    config = json.loads((MICRO / "config.json").read_text())
+    config |= dict.fromkeys(
+        ("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.1
+    )
+    (root / "model" / "config.json").write_text(json.dumps(config))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [f"w{i}" for i in range(config["vocab_size"] - len(special))]
+    (root / "model" / "vocab.txt").write_text("\n".join([*special, *words]) + "\n")
+    rng = np.random.default_rng(0)
+    columns = {
+        "sentence": [" ".join(rng.choice(words, 12)) for _ in range(64)],
+        "label": rng.integers(0, 2, 64).tolist(),
+    }
+    file = root / "glue" / "sst2" / "train-00000-of-00001.parquet"
+    toy_bert.write_parquet(file, columns)
+    return root
+
+
+MICRO_FLAGS = [
+    "--optim",
+    "MFAC",
+    "--optim_args",
+    '{"num_grads": 64}',
+    "--max_steps",
+    "30",
+    "--save_steps",
+    "10",
+]
+
+
+@pytest.fixture(scope="module")
+def micro_alone(micro):
+    run_glue.main(command(micro, micro / "alone", 1, 16, *MICRO_FLAGS))
+    return micro / "alone"
+
+
+def start_processes(argv, victim=None):
+    """Starts two processes of four devices; the victim kills itself at step 14."""
+    script = f"""
+        import os, signal, sys
+        import run_glue
+        from bert_finetune import cli
+        from bert_finetune.reporting.log import Log
+        take_in = Log.step
+        def step(self, step, metrics):
+            take_in(self, step, metrics)
+            if step == 14 and {victim} == int(sys.argv[-1]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        Log.step = step
+        cli.run_script(run_glue.main, "")
+    """
+    examples = pathlib.Path(run_glue.__file__).parent
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    argv = [*argv, "--coordinator_address", address, "--num_processes", "2"]
+    argv += ["--heartbeat_timeout_seconds", "10", "--process_id"]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), *argv, str(number)],
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{examples}{os.pathsep}{examples.parent}",
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": "4",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def micro_together(micro):
+    argv = command(micro, micro / "together", 4, 8, *MICRO_FLAGS)
+    processes = start_processes(argv)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "step 30/30" in outputs[0]
+    assert "step 30/30" not in outputs[1]
+    return micro / "together"
+
+
+def assert_close_models(output_dir, other):
+    found, expected = (load_file(d / "model.safetensors") for d in (output_dir, other))
+    flat = [np.concatenate([t.ravel() for t in x.values()]) for x in (found, expected)]
+    error = np.linalg.norm(flat[0] - flat[1])
+    assert error <= 1e-4 * np.linalg.norm(flat[1])
+
+
+def test_two_processes_train_as_one(micro_alone, micro_together):
+    assert_same_losses(micro_together, micro_alone, 30)
+    assert_close_models(micro_together, micro_alone)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_dies_the_other_ends(
+    micro, micro_alone, micro_together, tmp_path, victim
+):
+    """The run is resumed by one process, on one device or on eight."""
+    out = shutil.copytree(micro_together, tmp_path / "out")
+    cut_off(out, 10)
+    processes = start_processes(command(micro, out, 4, 8, *MICRO_FLAGS), victim)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert processes[victim].returncode == -signal.SIGKILL, outputs
+    assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
+    output = outputs[1 - victim]
+    assert "the same command resumes from the last checkpoint" in output
+    assert "another task died" in output
+    assert checkpoints.step_of(max(out.glob("checkpoint-*"))) == 10
+    run_glue.main(command(micro, out, 8 if victim else 1, 16, *MICRO_FLAGS))
+    assert_same_losses(out, micro_alone, 30)
+    assert_close_models(out, micro_alone)
+
+
+def test_devices_that_do_not_fit_are_named(toy, tmp_path):
+    with pytest.raises(UserError, match=r"--num_devices must be at most 8, .* got 16"):
+        run_glue.main(command(toy, tmp_path, 16, 16))
+    flags = ["--optim", "MFAC", "--optim_args", '{"num_grads": 12}']
+    with pytest.raises(UserError, match=r"must be a multiple of 8, .* got 12: give 16"):
+        run_glue.main(command(toy, tmp_path, 8, 16, *flags))
