@@ -30,7 +30,7 @@ def finetune(
     devices.join(args)
     mesh = devices.make_mesh(args.num_devices)
     optimizers.check_num_grads(hyperparams, mesh.size)
-    with devices.one_console(), _explained(args):
+    with devices.one_console(), _explained():
         task = load_task(args)
         with jax.set_mesh(mesh):
             return _finetune(task, hyperparams, command)
@@ -69,7 +69,7 @@ def _finetune(
 
 
 @contextlib.contextmanager
-def _explained(args: Arguments) -> Iterator[None]:
+def _explained() -> Iterator[None]:
     """Turns a lack of memory on the device, or of a process, into a user error."""
     try:
         yield

@@ -10,13 +10,25 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import numpy as np
 import pytest
 import run_glue
 import toy_bert
+from bert_finetune.arguments import GlueArguments, parse_arguments
 from bert_finetune.errors import UserError
-from bert_finetune.training import checkpoints
+from bert_finetune.glue.task import Classification
+from bert_finetune.training import (
+    checkpoints,
+    devices,
+    loop,
+    memory,
+    optimizers,
+    steps,
+)
 from safetensors.numpy import load_file
+
+import mfac_jax
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -41,8 +53,8 @@ def command(root, output_dir, num_devices, batch_size, *flags):
 
 
 def losses_of(output_dir):
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def assert_same_losses(output_dir, other, num_steps):
@@ -68,27 +80,51 @@ def toy(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("flags", [[*ADAMW, *ACCUMULATED]], ids=["adamw"])
-def test_eight_devices_train_evaluate_and_resume_as_one(toy, tmp_path, flags):
-    """Each checkpoint is resumed on other devices, and back on the first ones."""
-    flags = ["--max_steps", "12", "--save_steps", "2", "--do_eval", *flags]
+MFAC = ["--optim", "MFAC", "--optim_args", '{"lr": 1e-2, "num_grads": 8}']
 
-    def run(name, num_devices):
-        argv = command(toy, tmp_path / name, num_devices, 16, *flags)
-        return run_glue.main([*argv, "--per_device_eval_batch_size", "2"])
 
-    expected, found = run("one", 1), run("eight", 8)
-    for name in ("eval_loss", "eval_accuracy", "eval_samples"):
+@pytest.mark.parametrize(
+    ("flags", "resumed_on"),
+    [
+        ([*ADAMW, *ACCUMULATED, "--do_eval"], {}),
+        # Each checkpoint is resumed on other devices, the last one on the first ones.
+        (MFAC, {2: 4, 4: 2, 6: 1, 8: 8}),
+    ],
+    ids=["adamw", "MFAC"],
+)
+def test_eight_devices_train_evaluate_and_resume_as_one(
+    toy, tmp_path, flags, resumed_on
+):
+    flags = ["--max_steps", "10", "--save_steps", "2", *flags]
+    flags += ["--per_device_eval_batch_size", "2"]
+
+    def run(num_devices, name, batch_size=16):
+        argv = command(toy, tmp_path / name, num_devices, batch_size, *flags)
+        return run_glue.main(argv)
+
+    expected, found = run(1, "one"), run(8, "eight")
+    assert found.keys() == expected.keys()
+    for name in found.keys() & {"eval_loss", "eval_accuracy", "eval_samples"}:
         assert found[name] == pytest.approx(expected[name], abs=1e-5)
-    for step, num_devices in {2: 4, 4: 2, 6: 1, 8: 8}.items():
+    for step, num_devices in resumed_on.items():
         cut_off(tmp_path / "eight", step)
-        run("eight", num_devices)
-    lines = (tmp_path / "eight" / "metrics.jsonl").read_text().splitlines()
-    assert "eval_loss" in json.loads(lines.pop())
-    (tmp_path / "eight" / "metrics.jsonl").write_text("\n".join(lines))
-    one = (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[:-1]
-    (tmp_path / "one" / "metrics.jsonl").write_text("\n".join(one))
-    assert_same_losses(tmp_path / "eight", tmp_path / "one", 12)
+        run(num_devices, "eight")
+    assert_same_losses(tmp_path / "eight", tmp_path / "one", 10)
+    with pytest.raises(UserError, match="the batch size of all devices was"):
+        run(8, "eight", batch_size=32)
+
+
+def test_no_device_holds_the_whole_window(toy):
+    argv = command(toy, "out", 8, 16, *MFAC)
+    args = parse_arguments(GlueArguments, argv)
+    with jax.set_mesh(devices.make_mesh(8)):
+        run = loop.prepare(Classification(args), optimizers.parse_hyperparams(args))
+        optimizer, params = run.optimizer.transformation, run.task.model.params
+        state = steps.init_state(params, optimizer, seed=0)
+    whole = mfac_jax.window_nbytes(state)
+    assert mfac_jax.window_nbytes(memory.on_device(state)) == whole / 8
+    first = [x.addressable_shards[0].data for x in jax.tree.leaves(state.opt_state)]
+    assert memory.nbytes(first) == memory.nbytes(memory.on_device(state.opt_state))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +154,7 @@ MICRO_FLAGS = [
     "--optim",
     "MFAC",
     "--optim_args",
-    '{"num_grads": 64}',
+    '{"num_grads": 16}',
     "--max_steps",
     "30",
     "--save_steps",
@@ -196,7 +232,7 @@ def test_two_processes_train_as_one(micro_alone, micro_together):
 def test_when_a_process_dies_the_other_ends(
     micro, micro_alone, micro_together, tmp_path, victim
 ):
-    """The run is resumed by one process, on one device or on eight."""
+    """One process on one device resumes the run."""
     out = shutil.copytree(micro_together, tmp_path / "out")
     cut_off(out, 10)
     processes = start_processes(command(micro, out, 4, 8, *MICRO_FLAGS), victim)
@@ -207,7 +243,7 @@ def test_when_a_process_dies_the_other_ends(
     assert "the same command resumes from the last checkpoint" in output
     assert "another task died" in output
     assert checkpoints.step_of(max(out.glob("checkpoint-*"))) == 10
-    run_glue.main(command(micro, out, 8 if victim else 1, 16, *MICRO_FLAGS))
+    run_glue.main(command(micro, out, 1, 16, *MICRO_FLAGS))
     assert_same_losses(out, micro_alone, 30)
     assert_close_models(out, micro_alone)
 

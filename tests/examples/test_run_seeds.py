@@ -277,6 +277,7 @@ def test_another_spelling_of_the_directory_is_the_same(fake, tmp_path, monkeypat
         (command("out", seeds=0), "--seeds must be at least 1, got 0"),
         (command("out", "--max_seq_length", "1"), "--max_seq_length must be at least"),
         (command("out", "--overwrite_output_dir"), "--overwrite_output_dir and .* are"),
+        (command("out", "--distributed"), "--distributed is for single runs"),
         (command("out", "--resume_from_checkpoint"), "interrupted ones resume by them"),
         (
             command("out", optims=('MFAC={"damp": 1}', "adamw", "MFAC")),

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -64,16 +64,18 @@ def make_mesh(num_devices: int | None) -> Mesh:
                 f"{process}, got {num_devices}."
             )
         devices += local[:num_devices]
-    axis_types = (AxisType.Auto,)
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types, devices=devices)
+    return _mesh_of(devices)
 
 
 def mesh() -> Mesh:
     """Returns the mesh in context, or that of the first device."""
     current = jax.sharding.get_mesh()
-    if isinstance(current, Mesh) and not current.empty:
-        return current
-    return Mesh(np.array(jax.local_devices()[:1]), AXIS)
+    return _mesh_of(jax.local_devices()[:1]) if current.empty else current
+
+
+def _mesh_of(devices: Sequence[Any]) -> Mesh:
+    axis_types = (AxisType.Auto,)
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types, devices=devices)
 
 
 def count() -> int:

@@ -191,6 +191,7 @@ def _compiled_step(run: Run, state: steps.TrainState) -> Callable[..., Any]:
         run.optimizer.transformation,
         schedule=run.optimizer.schedule,
         accumulation_steps=run.task.args.gradient_accumulation_steps,
+        shardings=steps.shardings_of(state),
     )
     return steps.compile_ahead(train_step, state, run.first_batches)
 
@@ -287,10 +288,13 @@ def _restore(
             state = checkpoints.read_state(
                 manager, step, shapes, init_state, has_window
             )
-        except UserError:
+        except (UserError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # Whatever orbax raises for a damaged checkpoint.
             reason = first_line(error)
+            if jax.process_count() > 1:  # Others may have read their part of it.
+                what = f"{path} cannot be read: {reason}"
+                raise UserError(f"{what} Remove it to resume from another.") from error
             print(f"{path} cannot be read: {reason} It is skipped.", file=sys.stderr)
             continue
         print(f"Resuming from {path}.")

@@ -12,7 +12,7 @@ import mfac_jax
 from bert_finetune.arguments import Arguments
 from bert_finetune.errors import UserError
 from bert_finetune.model import bert
-from bert_finetune.training import optax_optimizers
+from bert_finetune.training import devices, optax_optimizers
 from bert_finetune.training.schedules import make_schedule
 
 # From the peak of a learning rate to its schedule.
@@ -128,7 +128,7 @@ def check_num_grads(hyperparams: Mapping[str, Any], num_devices: int) -> None:
         raise UserError(
             f"num_grads in --optim_args must be a multiple of {num_devices}, the "
             f"devices that share the window, got {num_grads}: give {above}, or "
-            "--num_devices."
+            "another --num_devices."
         )
 
 
@@ -202,6 +202,7 @@ def _mfac(
         schedule(hyperparams["lr"]),
         **{name: hyperparams[name] for name in names},
         window=window,
+        window_axis=devices.AXIS if devices.count() > 1 else None,
         mask=bert.decay_mask,
     )
 

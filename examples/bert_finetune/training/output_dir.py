@@ -86,6 +86,8 @@ def _check_contents(args: Arguments, directory: Path) -> None:
 
 def begin(args: Arguments, directory: Path) -> None:
     """Removes the results of earlier runs, and writes down the flags of this one."""
-    for name in _RESULTS if jax.process_index() == 0 else ():
+    if jax.process_index() > 0:
+        return
+    for name in _RESULTS:
         (directory / f"{name}.json").unlink(missing_ok=True)
     write_json(directory / ARGUMENTS_FILE, dataclasses.asdict(args))

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mfac_jax
 from bert_finetune.errors import UserError
@@ -37,9 +36,9 @@ def init_state(
 ) -> TrainState:
     """Returns the state before the first step, each array on its devices."""
     params = devices.put(params)
-    shardings = state_shardings(params, optimizer, devices.mesh())
+    shapes = state_shapes(params, optimizer)
 
-    @functools.partial(jax.jit, out_shardings=shardings)
+    @functools.partial(jax.jit, out_shardings=shardings_of(shapes))
     def init(params):
         return _initial_state(params, optimizer, seed)
 
@@ -58,21 +57,22 @@ def _initial_state(params, optimizer, seed):
 def state_shapes(
     params: bert.Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the shapes of the state, with the sharding of each array."""
+    """Returns the shapes of the state with their shardings: M-FAC's window is split.
+
+    All else is on every device.
+    """
     shapes = jax.eval_shape(lambda x: _initial_state(x, optimizer, 0), params)
-    shardings = state_shardings(params, optimizer, devices.mesh())
+    shardings = jax.tree.map(lambda _: devices.sharding(), shapes)._replace(
+        opt_state=mfac_jax.state_shardings(
+            optimizer, params, devices.mesh(), devices.AXIS
+        )
+    )
     return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
 
 
-def state_shardings(
-    params: bert.Params, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Returns the sharding of each array: all are replicated but M-FAC's window."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda _: replicated,
-        jax.eval_shape(lambda x: _initial_state(x, optimizer, 0), params),
-    )
+def shardings_of(state: TrainState) -> Any:
+    """Returns the sharding of each array, or shape, of a state."""
+    return jax.tree.map(lambda x: x.sharding, state)
 
 
 def make_train_step(
@@ -81,6 +81,7 @@ def make_train_step(
     *,
     schedule: optax.Schedule | None = None,
     accumulation_steps: int = 1,
+    shardings: TrainState | None = None,
 ) -> Any:
     """Returns the jitted step ``(state, batch) -> (state, metrics)``; state is donated.
 
@@ -88,10 +89,11 @@ def make_train_step(
     diagnostics, and the learning rate if ``schedule`` is given. The model sees the
     batch in ``accumulation_steps`` equal parts, one after the other, each over all
     devices; loss and gradient are means over all examples. (`optax.MultiSteps` would
-    hold a second optimizer state.)
+    hold a second optimizer state.) ``shardings`` are those of the state, which on
+    several devices stays where it is.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    mesh, of_parts = devices.mesh(), devices.sharding(None, devices.AXIS)
+    of_parts = devices.sharding(None, devices.AXIS)
 
     def accumulated(params, batch, dropout_key):
         total = jnp.sum(batch["weights"])
@@ -110,7 +112,7 @@ def make_train_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add_part, zeros, (jnp.arange(num_parts), parts))[0]
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def train_step(state, batch):
         dropout_key = jax.random.fold_in(state.dropout_key, state.step)
         compute = grad_fn if accumulation_steps == 1 else accumulated
@@ -122,8 +124,7 @@ def make_train_step(
             metrics["learning_rate"] = schedule(state.step)
         metrics["loss"] = loss
         state = TrainState(state.step + 1, params, opt_state, state.dropout_key)
-        shardings = state_shardings(params, optimizer, mesh)
-        return jax.lax.with_sharding_constraint(state, shardings), metrics
+        return state, metrics
 
     return train_step
 
