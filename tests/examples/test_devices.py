@@ -205,11 +205,20 @@ def start_processes(argv, victim=None):
     ]
 
 
+def outputs_of(processes):
+    """Waits until all have ended by themselves."""
+    try:
+        return [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 @pytest.fixture(scope="module")
 def micro_together(micro):
     argv = command(micro, micro / "together", 4, 8, *MICRO_FLAGS)
     processes = start_processes(argv)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = outputs_of(processes)
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "step 30/30" in outputs[0]
     assert "step 30/30" not in outputs[1]
@@ -236,7 +245,7 @@ def test_when_a_process_dies_the_other_ends(
     out = shutil.copytree(micro_together, tmp_path / "out")
     cut_off(out, 10)
     processes = start_processes(command(micro, out, 4, 8, *MICRO_FLAGS), victim)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = outputs_of(processes)
     assert processes[victim].returncode == -signal.SIGKILL, outputs
     assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
     output = outputs[1 - victim]
