@@ -5,10 +5,8 @@ import functools
 import hashlib
 import itertools
 import math
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ from bert_finetune.training import (
     memory,
     optimizers,
     output_dir,
+    signals,
     steps,
 )
 from bert_finetune.training.task import Task, padded_lengths
@@ -160,8 +159,7 @@ def _take_steps(
     began = time.perf_counter() - saved.get("seconds", 0.0)
     queue = steps.MetricsQueue(log.step)
     coming = batches.prefetch(batches.train_batches(run.train_data, start))
-    stop_signals = _common_stop_signals if jax.process_count() > 1 else _stop_signals
-    with _named_last_good(manager), stop_signals() as stop_signal:
+    with _named_last_good(manager), signals.caught() as stop_signal:
         for step, batch in enumerate(coming, start + 1):
             state, metrics = train_step(state, batch)
             queue.put(step, metrics)
@@ -369,54 +367,6 @@ def _named_last_good(manager: ocp.CheckpointManager) -> Iterator[None]:
             raise
         good = f"checkpoint-{step} is the last good checkpoint."
         raise UserError(f"{error} {good}") from error
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[int], int | None]]:
-    """Yields a function of the step: the signal to stop after it, if there is one.
-
-    A second signal kills.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: None  # Only the main thread may handle signals.
-        return
-    previous: dict[int, Any] = {}
-
-    def receive(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, receive)
-    try:
-        yield lambda step: received[0] if received else None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _common_stop_signals() -> Iterator[Callable[[int], int | None]]:
-    """Likewise for several processes, which all stop after the same step.
-
-    JAX handles SIGTERM itself and tells the other processes; SIGINT becomes one.
-    """
-
-    def receive(*_: Any) -> None:
-        signal.signal(signal.SIGINT, previous)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def stop_signal(step: int) -> int | None:
-        reached = multihost_utils.reached_preemption_sync_point(step)
-        return signal.SIGTERM if reached else None
-
-    previous = signal.signal(signal.SIGINT, receive)
-    try:
-        yield stop_signal
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _interrupted(number: int, step: int, run: Run, path: Path | None) -> Interrupted:
