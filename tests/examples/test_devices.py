@@ -88,7 +88,7 @@ MFAC = ["--optim", "MFAC", "--optim_args", '{"lr": 1e-2, "num_grads": 8}']
     [
         ([*ADAMW, *ACCUMULATED, "--do_eval"], {}),
         # Each checkpoint is resumed on other devices, the last one on the first ones.
-        (MFAC, {2: 4, 4: 2, 6: 1, 8: 8}),
+        (MFAC, {2: 2, 6: 8}),
     ],
     ids=["adamw", "MFAC"],
 )
