@@ -214,17 +214,6 @@ def outputs_of(processes):
             process.kill()
 
 
-@pytest.fixture(scope="module")
-def micro_together(micro):
-    argv = command(micro, micro / "together", 4, 8, *MICRO_FLAGS)
-    processes = start_processes(argv)
-    outputs = outputs_of(processes)
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "step 30/30" in outputs[0]
-    assert "step 30/30" not in outputs[1]
-    return micro / "together"
-
-
 def assert_close_models(output_dir, other):
     found, expected = (load_file(d / "model.safetensors") for d in (output_dir, other))
     flat = [np.concatenate([t.ravel() for t in x.values()]) for x in (found, expected)]
@@ -232,29 +221,29 @@ def assert_close_models(output_dir, other):
     assert error <= 1e-4 * np.linalg.norm(flat[1])
 
 
-def test_two_processes_train_as_one(micro_alone, micro_together):
-    assert_same_losses(micro_together, micro_alone, 30)
-    assert_close_models(micro_together, micro_alone)
+def test_two_processes_train_as_one(micro, micro_alone, tmp_path):
+    processes = start_processes(command(micro, tmp_path, 4, 8, *MICRO_FLAGS))
+    outputs = outputs_of(processes)
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert ["step 30/30" in output for output in outputs] == [True, False]
+    assert_same_losses(tmp_path, micro_alone, 30)
+    assert_close_models(tmp_path, micro_alone)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_dies_the_other_ends(
-    micro, micro_alone, micro_together, tmp_path, victim
-):
+def test_when_a_process_dies_the_other_ends(micro, micro_alone, tmp_path, victim):
     """One process on one device resumes the run."""
-    out = shutil.copytree(micro_together, tmp_path / "out")
-    cut_off(out, 10)
-    processes = start_processes(command(micro, out, 4, 8, *MICRO_FLAGS), victim)
+    processes = start_processes(command(micro, tmp_path, 4, 8, *MICRO_FLAGS), victim)
     outputs = outputs_of(processes)
     assert processes[victim].returncode == -signal.SIGKILL, outputs
     assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
     output = outputs[1 - victim]
     assert "the same command resumes from the last checkpoint" in output
     assert "another task died" in output
-    assert checkpoints.step_of(max(out.glob("checkpoint-*"))) == 10
-    run_glue.main(command(micro, out, 1, 16, *MICRO_FLAGS))
-    assert_same_losses(out, micro_alone, 30)
-    assert_close_models(out, micro_alone)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
+    run_glue.main(command(micro, tmp_path, 1, 16, *MICRO_FLAGS))
+    assert_same_losses(tmp_path, micro_alone, 30)
+    assert_close_models(tmp_path, micro_alone)
 
 
 def test_devices_that_do_not_fit_are_named(toy, tmp_path):
