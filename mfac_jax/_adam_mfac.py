@@ -132,6 +132,7 @@ def scale_by_adam_mfac(
     b2 = _checks.check_number("b2", b2, *_checks.RATE)
     eps = _checks.check_number("eps", eps, *_checks.EPSILON)
     check_window(window)
+    _checks.check_window_axis(window_axis)
 
     def init_fn(params):
         def damp_at(count, dtype):

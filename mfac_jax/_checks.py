@@ -141,6 +141,17 @@ def check_integer(name: str, value: Any, minimum: int) -> int:
     return number
 
 
+def check_window_axis(value: Any) -> None:
+    """Raises a TypeError unless ``value`` can name mesh axes."""
+    names = value if isinstance(value, tuple) else (value,)
+    is_fine = all(isinstance(name, str) for name in names)
+    if value is not None and not (is_fine and 0 < len(set(names)) == len(names)):
+        raise TypeError(
+            "window_axis must be the name of a mesh axis, a tuple of different names, "
+            f"or None, got {value!r}."
+        )
+
+
 def check_dtype(kind: str, dtype: jax.typing.DTypeLike | None) -> None:
     """Raises unless gradients can be stored in ``dtype``; ``None`` passes."""
     if dtype is None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mfac_jax import _checks, _solve
-from mfac_jax._shares import AxisName, shares_of
+from mfac_jax._shares import IN_SHARD_MAP, AxisName, shares_of
 from mfac_jax._state import check_not_emptied, find_states, match_windows
 from mfac_jax.windows._layout import split_as
 
@@ -63,6 +63,7 @@ def inverse_fisher_vector_product(
       Information <https://arxiv.org/abs/2107.03356>`_, 2021
     """
     damp = _checks.check_number("damp", damp, *_checks.POSITIVE)
+    _checks.check_window_axis(window_axis)
     states = list(find_states(state).values())
     if len(states) != 1:
         raise ValueError(
@@ -77,7 +78,8 @@ def inverse_fisher_vector_product(
     stored = [state.window[path] for path in leaves]
     vectors = list(leaves.values())
     shares = shares_of(len(state.gram), window_axis)
-    shares.check(state.window)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        shares.check(state.window, IN_SHARD_MAP)
     damp = jnp.asarray(damp, dtype)
 
     def multiply(windows, vectors):

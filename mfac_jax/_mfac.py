@@ -142,6 +142,7 @@ def _scale_by_mfac(
     """As :func:`scale_by_mfac`, with the coupled weight decay of each leaf by path."""
     damp = _checks.check_damp(damp)
     check_window(window)
+    _checks.check_window_axis(axis)
 
     def damp_at(count, dtype):
         return value_at(damp, count, dtype)

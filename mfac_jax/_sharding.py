@@ -1,17 +1,20 @@
 """The shardings of an optimizer state on a mesh."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import tree_util
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mfac_jax import _checks
 from mfac_jax._shares import (
     AxisName,
     check_axis,
     names_of,
+    planning,
     rows_per_device,
     without_axes,
 )
@@ -58,7 +61,7 @@ def state_shardings(
 
     Raises:
       ValueError: If ``mesh`` has no such axis, or ``num_grads`` is not a multiple of
-        its devices.
+        its devices, or a parameter is split over an axis that ``mesh`` lacks.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -72,59 +75,80 @@ def state_shardings(
       True
     """
     check_axis(mesh, axis, "axis")
-    in_full = NamedSharding(mesh, PartitionSpec())
+    leaves = named_leaves(params_or_shapes)
+    specs = {name: _spec_of(name, leaf, mesh) for name, leaf in leaves.items()}
+    paths = [path for path, _ in tree_util.tree_leaves_with_path(params_or_shapes)]
+    shapes = map(jnp.shape, leaves.values())
+    by_path = dict(zip(paths, zip(shapes, specs.values(), strict=True), strict=True))
 
-    def of_parameter(leaf: Any) -> NamedSharding:
-        sharding = getattr(leaf, "sharding", None)
-        is_named = isinstance(sharding, NamedSharding)
-        return NamedSharding(mesh, sharding.spec) if is_named else in_full
+    def of_array(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        # Found by the end of its path: optax.tree.map_params fails for optimizers that
+        # change the tree or the shapes of the parameters.
+        for start in range(len(path) + 1):
+            shape, spec = by_path.get(path[start:], (None, PartitionSpec()))
+            if shape == x.shape:
+                return _sharding(mesh, spec, x)
+        return _sharding(mesh, PartitionSpec(), x)
 
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    of_params = jax.tree.map(of_parameter, params_or_shapes)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        shapes = jax.eval_shape(opt.init, params_or_shapes)
-        shardings = optax.tree.map_params(
-            lambda params: jax.eval_shape(opt.init, params),
-            lambda node, sharding: node if is_masked(node) else sharding,
-            shapes,
-            of_params,
-            transform_non_params=lambda _: in_full,
-            is_leaf=is_masked,
-        )
-    leaves, names = named_leaves(params_or_shapes), names_of(axis)
-    specs = {
-        path: without_axes(sharding.spec, names)
-        for path, sharding in named_leaves(of_params).items()
-    }
-
-    def with_windows(node: Any, sharding: Any) -> Any:
-        if not is_state(node) or not isinstance(node.window, Mapping):
-            return sharding
+    def of_node(path: tuple[Any, ...], node: Any) -> Any:
+        if not is_state(node):
+            return of_array(path, node)
+        shardings = jax.tree.map(lambda x: _sharding(mesh, PartitionSpec(), x), node)
+        if not isinstance(node.window, Mapping):
+            return shardings
         num_grads = len(node.gram)
         is_split = rows_per_device(num_grads, mesh, axis) < num_grads
         window = {}
-        for path, stored in node.window.items():
-            missing = jnp.ndim(leaves[path]) - len(specs[path])
-            of_leaf = [*specs[path], *[None] * missing]
-            of_fields = _specs(stored, axis if is_split else None, of_leaf)
-            window[path] = stored._replace(
-                **{name: NamedSharding(mesh, spec) for name, spec in of_fields.items()}
-            )
-        return sharding._replace(window=window)
+        for name, stored in node.window.items():
+            of_leaf = without_axes(specs.get(name, PartitionSpec()), names_of(axis))
+            over = axis if is_split else None
+            window[name] = _of_window(stored, mesh, over, tuple(of_leaf))
+        return shardings._replace(window=window)
 
-    return jax.tree.map(with_windows, shapes, shardings, is_leaf=is_state)
+    with planning():
+        state = jax.eval_shape(opt.init, jax.tree.map(_shape_of, params_or_shapes))
+    return tree_util.tree_map_with_path(of_node, state, is_leaf=is_state)
 
 
-def _specs(
-    stored: Any, axis: AxisName | None, of_leaf: Sequence[Any]
-) -> dict[str, PartitionSpec]:
-    """Returns the specs of the fields of a window."""
-    gradients, trailing = gradient_fields(stored), trailing_axes(stored, of_leaf)
-    return {
+def _sharding(mesh: Any, spec: PartitionSpec, x: Any) -> NamedSharding:
+    """Returns a sharding in the form that steps return: another would recompile."""
+    axes = [*spec, *[None] * (x.ndim - len(spec))]
+    while axes and axes[-1] is None and AxisType.Explicit not in mesh.axis_types:
+        axes.pop()
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def _spec_of(name: str, leaf: Any, mesh: Any) -> PartitionSpec:
+    """Returns how a parameter is split over the mesh."""
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return PartitionSpec()
+    axes = {axis for entry in sharding.spec for axis in names_of(entry)}
+    if unknown := axes.difference(mesh.axis_names):
+        raise ValueError(
+            f"{_checks.named(name)} is split over {min(unknown)!r}, which is no axis "
+            f"of the mesh, whose axes are {', '.join(map(repr, mesh.axis_names))}."
+        )
+    return sharding.spec
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns a shape that no other mesh is part of."""
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _of_window(
+    stored: Any, mesh: Any, axis: AxisName | None, of_leaf: tuple[Any, ...]
+) -> Any:
+    """Returns the shardings of a window, and of what it holds next to gradients."""
+    trailing = trailing_axes(stored, of_leaf)
+    specs = {
         name: PartitionSpec(axis, *trailing.get(name, []))
-        if name in gradients
-        else PartitionSpec()
-        for name in stored._fields
+        for name in gradient_fields(stored)
     }
+    return stored._replace(
+        **{
+            name: _sharding(mesh, specs.get(name, PartitionSpec()), x)
+            for name, x in stored._asdict().items()
+        }
+    )

@@ -5,8 +5,10 @@ its own rows. Between devices travel the products of the new Gram row, ``m`` ele
 and the sum ``cᵀ G``, one gradient.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,15 @@ from mfac_jax import _checks
 from mfac_jax._state import gradient_fields, map_gradients
 
 AxisName = str | tuple[str, ...]
+
+_is_planning = contextvars.ContextVar("_is_planning", default=False)
+_NOT_GRADIENTS = (
+    "Name arrays that hold no gradients in the attribute not_gradients of their class."
+)
+IN_SHARD_MAP = (
+    "Inside jax.shard_map the optimizer needs window_axis, and its state the specs of "
+    "mfac_jax.state_shardings."
+)
 
 
 class Shares(NamedTuple):
@@ -39,12 +50,20 @@ class Shares(NamedTuple):
 
     def init(self, function: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
         """Returns the windows that ``function`` makes for a number of rows."""
+
+        def make() -> dict[str, Any]:
+            num_rows = self.num_rows if self.is_mapped else self.num_grads
+            windows = function(num_rows)
+            if self.names:
+                self.check(windows, _NOT_GRADIENTS)
+            return windows
+
         if not self.names:
-            return function(self.num_grads)
+            return make()
         if self.is_mapped:
-            return map_gradients(self._varying, function(self.num_rows))
+            return map_gradients(self._varying, make())
         # Compiled: run op by op, every array would be on one device first.
-        return jax.jit(lambda: map_gradients(self._split, function(self.num_grads)))()
+        return jax.jit(lambda: map_gradients(self._split, make()))()
 
     def run(
         self,
@@ -65,6 +84,8 @@ class Shares(NamedTuple):
         args = jax.tree.map(self.in_full, args)
         if self.is_mapped or not self.names:
             return function(windows, *args)
+        if self._is_explicit():
+            windows = map_gradients(self._split, windows)
         everywhere = PartitionSpec()
         split = jax.tree.map(
             lambda x: x if isinstance(x, PartitionSpec) else everywhere,
@@ -103,12 +124,12 @@ class Shares(NamedTuple):
         return lax.psum(x, self.names) if self.names else x
 
     def position(self, index: jax.Array) -> jax.Array:
-        """Returns where a device has a row among its own, -1 if another has it."""
+        """Returns the position of a row among a device's; ``num_rows`` if not there."""
         if not self.names:
             return index
         position = index - self._first()
         is_there = (position >= 0) & (position < self.num_rows)
-        return jnp.where(is_there, position, -1)
+        return jnp.where(is_there, position, self.num_rows)
 
     def in_full(self, leaf: Any) -> Any:
         """Returns a leaf, or its shape, that no axis of the window splits.
@@ -130,10 +151,8 @@ class Shares(NamedTuple):
             return update
         return jax.sharding.reshard(update, spec)
 
-    def check(self, windows: Any) -> None:
+    def check(self, windows: Any, remedy: str) -> None:
         """Raises a ValueError unless all windows have the rows of this device."""
-        if not (self.names or jax.sharding.get_abstract_mesh().manual_axes):
-            return
         expected = self.num_rows if self.is_mapped else self.num_grads
         for path, stored in windows.items() if isinstance(windows, Mapping) else ():
             for name in gradient_fields(stored):
@@ -141,9 +160,7 @@ class Shares(NamedTuple):
                 if found != expected:
                     raise ValueError(
                         f"{name} in the window of {_checks.named(path)} must hold "
-                        f"{expected} gradients here, got {found}. Inside jax.shard_map "
-                        "the optimizer needs window_axis, and its state the specs of "
-                        "mfac_jax.state_shardings."
+                        f"{expected} gradients here, got {found}. {remedy}"
                     )
 
     def _first(self) -> jax.Array:
@@ -152,14 +169,26 @@ class Shares(NamedTuple):
     def _varying(self, x: jax.Array) -> jax.Array:
         return lax.pcast(x, self.names, to="varying")
 
-    def _split(self, x: jax.Array) -> jax.Array:
+    def _is_explicit(self) -> bool:
         mesh = jax.sharding.get_abstract_mesh()
-        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        if types[self.names[0]] == AxisType.Explicit:
+        return AxisType.Explicit in _types_of(mesh, self.names)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        if self._is_explicit():
             rest = jax.typeof(x).sharding.spec[1:]
             return jax.sharding.reshard(x, PartitionSpec(self.names, *rest))
         rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
         return lax.with_sharding_constraint(x, PartitionSpec(self.names, *rest))
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """Makes windows count as unsplit, for shapes that are the same without a mesh."""
+    token = _is_planning.set(True)
+    try:
+        yield
+    finally:
+        _is_planning.reset(token)
 
 
 def shares_of(num_grads: int, axis: AxisName | None) -> Shares:
@@ -168,7 +197,10 @@ def shares_of(num_grads: int, axis: AxisName | None) -> Shares:
     Raises:
       ValueError: If the mesh has no such axis, or the axis does not divide the window.
     """
-    mesh, axes = jax.sharding.get_abstract_mesh(), names_of(axis)
+    axes = names_of(axis)
+    if not axes or _is_planning.get():
+        return Shares(num_grads, num_grads, (), (), False)
+    mesh = jax.sharding.get_abstract_mesh()
     check_axis(mesh, axis, "window_axis")
     num_rows = rows_per_device(num_grads, mesh, axis)
     names = axes if num_rows < num_grads else ()
@@ -178,7 +210,16 @@ def shares_of(num_grads: int, axis: AxisName | None) -> Shares:
             f"window_axis {axis!r}: jax.shard_map must map all of these axes or none, "
             f"it maps {mapped}."
         )
+    if not mapped and len(_types_of(mesh, names)) > 1:
+        raise ValueError(
+            f"window_axis {axis!r}: the axes must be all automatic or all explicit."
+        )
     return Shares(num_grads, num_rows, axes, names, bool(mapped))
+
+
+def _types_of(mesh: Any, names: tuple[str, ...]) -> set[AxisType]:
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {kind for name, kind in types if name in names}
 
 
 def check_axis(mesh: Any, axis: AxisName | None, argument: str) -> None:

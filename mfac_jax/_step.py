@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from mfac_jax import _checks, _solve
 from mfac_jax._passes import Passes
-from mfac_jax._shares import AxisName, shares_of
+from mfac_jax._shares import IN_SHARD_MAP, AxisName, shares_of
 from mfac_jax._state import ScaleByMFACState, check_kind, check_state, match_windows
 from mfac_jax.windows import Window, WindowFn
 from mfac_jax.windows._choice import check_supported, choose_windows, named_leaves
@@ -106,13 +107,15 @@ def precondition(
       the state; whether the gradient was accepted.
     """
     check_state(state, num_grads)
+    state = _on_mesh(state)
     dtype, index = state.gram.dtype, state.index
     treedef = jax.tree.structure(updates)
     leaves = match_windows(updates, state.window)
     paths, leaves = list(leaves), list(leaves.values())
     stored = [state.window[path] for path in paths]
     shares = shares_of(num_grads, axis)
-    shares.check(state.window)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        shares.check(state.window, IN_SHARD_MAP)
     passes = Passes(shares, group_leaves(stored, shares.names), dtype)
 
     # 1. The newest row of G is the gradient as the window stores it. It is written
@@ -167,6 +170,23 @@ def precondition(
         for (x, _), leaf in zip(narrowed, leaves, strict=True)
     )
     return updates, new_state, accepted
+
+
+def _on_mesh(state: ScaleByMFACState) -> ScaleByMFACState:
+    """Places arrays that were made before an explicit mesh was set, as JAX would not.
+
+    A slice update takes no array without a mesh next to one with it.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return state
+    return jax.tree.map(
+        lambda x: (
+            jax.sharding.reshard(x, PartitionSpec())
+            if jax.typeof(x).sharding.mesh.empty
+            else x
+        ),
+        state,
+    )
 
 
 def _scaled(

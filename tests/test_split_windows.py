@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,9 +125,7 @@ def test_every_update_is_that_of_one_device(on_one_device, name, layout):
         params = jax.device_put(grads[0], of_params)
         shardings = mfac_jax.state_shardings(opt, params, mesh, axis)
         state = jax.jit(opt.init, out_shardings=shardings)(params)
-        update = jax.jit(
-            opt.update, donate_argnums=1, out_shardings=(of_params, shardings)
-        )
+        update = jax.jit(opt.update, donate_argnums=1)
         for gradient, of_one in zip(grads, expected, strict=True):
             gradient = jax.device_put(gradient, of_params)
             found, state = update(gradient, state)
@@ -137,12 +136,7 @@ def test_every_update_is_that_of_one_device(on_one_device, name, layout):
             lambda x: jax.typeof(x).sharding.spec, gradient
         )
     assert update._cache_size() == 1
-    assert all(
-        x.sharding.is_equivalent_to(sharding, x.ndim)
-        for x, sharding in zip(
-            jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True
-        )
-    )
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings
     state, last = (getattr(s, "mfac", s) for s in (state, last))
     assert state.num_raised == 0
     np.testing.assert_allclose(state.gram, last.gram, rtol=2e-6, atol=4e-3)
@@ -359,6 +353,12 @@ def test_shardings_of_other_states():
         found = mfac_jax.state_shardings(opt, params, mesh, "data")
         with jax.set_mesh(mesh):
             shapes = jax.eval_shape(opt.init, params)
+        # Another mesh in context changes nothing, nor does one without devices.
+        with jax.set_mesh(make_mesh((2,))):
+            planned = mfac_jax.state_shardings(opt, params, mesh.abstract_mesh, "data")
+        assert jax.tree.map(lambda s: s.spec, planned) == jax.tree.map(
+            lambda s: s.spec, found
+        )
         assert jax.tree.structure(found) == jax.tree.structure(shapes)
         return jax.tree.map(lambda s: s.spec, found)
 
@@ -373,9 +373,9 @@ def test_shardings_of_other_states():
     assert found[2].average == specs
     assert found[1].gram == found[1].inverse == P()
     window = found[1].window
-    assert window["embedding"] == (P("data", None, None), P("data"), P())
+    assert window["embedding"] == (P("data"), P("data"), P())
     assert window["kernel"].values == P("data", None, "model")
-    assert window["bias"].values == P("data", None)
+    assert window["bias"].values == P("data")
     found = shardings(
         optax.chain(
             optax.clip_by_global_norm(1.0),
@@ -391,8 +391,42 @@ def test_shardings_of_other_states():
     assert ours.mfac.window["kernel"].values == P("data", None, "model")
     assert "embedding" not in ours.mfac.window
     assert shardings(optax.adamw(0.1))[0].mu == specs
+    # Arrays that are no longer of a parameter's shape are not split.
+    factored = shardings(optax.adafactor(0.1, min_dim_size_to_factor=4))
+    assert factored[0].v["kernel"] == factored[0].v_row["kernel"] == P()
+    flat = shardings(optax.flatten(mfac_jax.scale_by_mfac(8)))
+    assert flat.window[""].values == P("data")
     topk = shardings(mfac_jax.scale_by_mfac(8, window=mfac_jax.TopKWindow()))
     assert topk.window["kernel"] == (P("data"), P("data"), P())
+
+
+class Rotated(NamedTuple):
+    values: jax.Array
+    rotation: jax.Array
+
+
+class RotatedWindow(Float8Window):
+    def init(self, leaf, num_grads):
+        values = jnp.zeros((num_grads, *leaf.shape))
+        return Rotated(values, jnp.eye(leaf.shape[-1]))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_state_that_is_not_split_yet(gradients, axis_type):
+    """The first update splits it. An empty leaf has no row to write."""
+    mesh, of_nothing = make_mesh((8,), axis_type), np.zeros((0, 3), np.float32)
+    grads = {"dense": gradients[0]["dense"], "bias": of_nothing}
+    make = OPTIMIZERS["mfac"]
+    expected, state = make().update(grads, make().init(grads))
+    state = jax.tree.map(np.asarray, state)
+    update = jax.jit(make(window_axis="data").update)
+    of_one, _ = jax.jit(make().update)(grads, state)
+    with jax.set_mesh(mesh):
+        found, state = update(grads, state)
+    assert state.window["dense"].values.sharding.spec[0] == "data"
+    del expected["bias"], of_one["bias"]
+    assert relative_error(found, of_one) <= 2e-6
 
 
 def test_what_is_not_offered_is_rejected_by_name():
@@ -410,6 +444,10 @@ def test_what_is_not_offered_is_rejected_by_name():
             opt.init(params)
         with pytest.raises(ValueError, match=r"multiple of the 8 .* got 5: take 8\."):
             mfac_jax.mfac(0.1, 5, window_axis="data").init(params)
+        message = r"rotation in the window of w must hold 8 .* got 5\. Name .*not_grad"
+        rotated = mfac_jax.mfac(0.1, 8, window=RotatedWindow(), window_axis="data")
+        with pytest.raises(ValueError, match=message):
+            rotated.init({"w": np.ones((4, 5), np.float32)})
         with pytest.raises(ValueError, match=r"'model' is no axis of .* are 'data'\."):
             mfac_jax.adam_mfac(0.1, 8, window_axis="model").init(params)
     with pytest.raises(
@@ -418,6 +456,19 @@ def test_what_is_not_offered_is_rejected_by_name():
         mfac_jax.state_shardings(mfac_jax.mfac(0.1, 12), params, mesh, "data")
     with pytest.raises(ValueError, match=r"axis 'x' is no axis of the mesh"):
         mfac_jax.state_shardings(mfac_jax.mfac(0.1, 8), params, mesh, "x")
+
+    for names in (["data"], ("data", "data"), (), 3):
+        with pytest.raises(TypeError, match=r"window_axis must be the name of"):
+            mfac_jax.mfac(0.1, 8, window_axis=names)
+    mixed = (AxisType.Auto, AxisType.Explicit)
+    with (
+        jax.set_mesh(jax.make_mesh((4, 2), ("data", "model"), mixed)),
+        pytest.raises(ValueError, match=r"all automatic or all explicit"),
+    ):
+        mfac_jax.mfac(0.1, 8, window_axis=("data", "model")).init(params)
+    of_model = NamedSharding(make_mesh((4, 2)), P("model"))
+    with pytest.raises(ValueError, match=r"w is split over 'model', which is no axis"):
+        mfac_jax.state_shardings(opt, jax.device_put(params, of_model), mesh, "data")
 
     # A state that is split reaches an optimizer that does not know of it.
     forgetful = mfac_jax.scale_by_mfac(8)

@@ -67,9 +67,11 @@ class StoredGradients(Protocol[_Row]):
     ) -> "StoredGradients[_Row]":
         """Returns the window with ``row`` at ``index`` if ``accepted``, else itself.
 
-        ``index`` is -1 on a device whose share does not have the row: there only what
-        is no gradient changes. :func:`mfac_jax.windows.write_row` does this in place
-        for all arrays with a leading axis of gradients.
+        Where the window is split, ``index`` is the number of rows on devices that do
+        not hold the row: there only arrays without gradients change.
+        :func:`mfac_jax.windows.write_row` does this, in place, for all arrays with a
+        leading axis of gradients; ``lax.dynamic_update_index_in_dim`` alone would
+        overwrite the last row.
         """
         ...
 

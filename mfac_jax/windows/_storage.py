@@ -20,16 +20,17 @@ def write_row(
 
     Args:
       window: a tree of arrays whose leading axis counts gradients.
-      index: the position of the row, int32 scalar; -1 if it is on another device.
+      index: the position of the row, int32 scalar; the number of rows if it is on
+        another device.
       row: a tree like ``window`` without the leading axes.
       accepted: whether the row replaces the one at ``index``, boolean scalar.
 
     Returns:
       The window after the write.
     """
-    is_here = accepted & (index >= 0)
+    is_here = accepted & (index < jax.tree.leaves(window)[0].shape[0])
     # The same value, of a type that differs between devices as the window does.
-    row = jax.tree.map(lambda r: jnp.where(is_here, r, r), row)
+    row = jax.tree.map(lambda r: lax.select_n(is_here, r, r), row)
 
     def select():
         return jax.tree.map(lambda r, o: jnp.where(is_here, r, o), row, old_row())
