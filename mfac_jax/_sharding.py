@@ -106,7 +106,10 @@ def state_shardings(
         return shardings._replace(window=window)
 
     with planning():
-        state = jax.eval_shape(opt.init, jax.tree.map(_shape_of, params_or_shapes))
+        # A function of its own: JAX would take what it traces here for opt.init.
+        state = jax.eval_shape(
+            lambda params: opt.init(params), jax.tree.map(_shape_of, params_or_shapes)
+        )
     return tree_util.tree_map_with_path(of_node, state, is_leaf=is_state)
 
 
