@@ -178,7 +178,7 @@ def scale_by_adam_mfac(
 
         old = named_leaves(state.nu)
         new = {path: average(path, v) for path, v in old.items()}
-        roots = [inverse_root(new[path]) for path in grads]
+        roots = {path: inverse_root(new[path]) for path in grads}
         updates, mfac, accepted = _step.precondition(
             updates, mfac, num_grads, system_of, window_axis, roots
         )

@@ -88,7 +88,7 @@ def precondition(
     num_grads: int,
     system_of: Callable[[jax.Array], System],
     axis: AxisName | None,
-    roots: Sequence[jax.Array] | None = None,
+    roots: Mapping[str, jax.Array] | None = None,
 ) -> tuple[optax.Updates, ScaleByMFACState, jax.Array]:
     """Writes a gradient into the window and returns the direction of a system.
 
@@ -98,9 +98,9 @@ def precondition(
       num_grads: The number of gradients ``m`` that the state must have.
       system_of: Returns the system for the new Gram matrix.
       axis: The mesh axis over which the windows are split, or ``None``.
-      roots: ``D^-½`` for a diagonal metric ``D``, one array for each leaf, float32 at
-        least: the window stores ``D^-½ g``, and the direction is multiplied by
-        ``D^-½``. ``None`` is the identity.
+      roots: ``D^-½`` for a diagonal metric ``D``, an array by path, float32 at least:
+        the window stores ``D^-½ g``, and the direction is multiplied by ``D^-½``.
+        ``None`` is the identity.
 
     Returns:
       The direction in the dtypes of the gradient, zero where the gradient is rejected;
@@ -111,9 +111,11 @@ def precondition(
     dtype, index = state.gram.dtype, state.index
     treedef = jax.tree.structure(updates)
     leaves = match_windows(updates, state.window)
-    paths, leaves = list(leaves), list(leaves.values())
-    stored = [state.window[path] for path in paths]
-    shares = shares_of(num_grads, axis)
+    # An empty leaf has nothing to store, and jaxlib 0.11 crashes on one that is split.
+    paths = [path for path, leaf in leaves.items() if leaf.size]
+    factors = None if roots is None else [roots[path] for path in paths]
+    grads, stored = [leaves[p] for p in paths], [state.window[p] for p in paths]
+    shares = shares_of(num_grads, axis if paths else None)
     if jax.sharding.get_abstract_mesh().manual_axes:
         shares.check(state.window, IN_SHARD_MAP)
     passes = Passes(shares, group_leaves(stored, shares.names), dtype)
@@ -123,8 +125,9 @@ def precondition(
     #    copy the window.
     # 2. The new row and column of K: the first pass over the window. By
     #    Cauchy-Schwarz products of rows with finite squared norms are finite.
-    grads = _scaled(leaves, roots)
-    encoded, squared_norm, finite, products = passes.multiply(stored, grads)
+    encoded, squared_norm, finite, products = passes.multiply(
+        stored, _scaled(grads, factors)
+    )
     is_newest = jnp.arange(num_grads, dtype=index.dtype) == index
     products = jnp.where(is_newest, squared_norm, products)
     products = jnp.where(finite, products, 0)
@@ -143,33 +146,34 @@ def precondition(
     for direction in directions:
         accepted &= jnp.all(jnp.isfinite(direction))
     directions = passes.groups.unpack(
-        [jnp.where(accepted, direction, 0) for direction in directions], leaves
+        [jnp.where(accepted, direction, 0) for direction in directions], grads
     )
-    if roots is not None:
-        roots = [jnp.where(accepted, root, 0) for root in roots]
+    if factors is not None:
+        factors = [jnp.where(accepted, factor, 0) for factor in factors]
     narrowed = [
-        _saturating_cast(direction, leaf.dtype)
-        for direction, leaf in zip(_scaled(directions, roots), leaves, strict=True)
+        _saturating_cast(direction, grad.dtype)
+        for direction, grad in zip(_scaled(directions, factors), grads, strict=True)
     ]
     saturated = jnp.any(jnp.array([any_saturated for _, any_saturated in narrowed]))
-    stored = passes.write(stored, encoded, index, accepted)
+    written = passes.write(stored, encoded, index, accepted)
+    windows = dict(zip(paths, written, strict=True))
     row = jnp.where(accepted, products, state.gram[index])
     new_state = ScaleByMFACState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         index=jnp.where(accepted, (index + 1) % num_grads, index),
         gram=_with_row(state.gram, index, row),
         inverse=jnp.where(accepted, solution.inverse, state.inverse),
-        window=dict(zip(paths, stored, strict=True)) or state.window,
+        window={**state.window, **windows} if windows else state.window,
         damp=jnp.where(accepted, solution.damp, state.damp),
         num_raised=_add_if(accepted & solution.raised, state.num_raised),
         num_rejected=_add_if(~accepted, state.num_rejected),
         num_saturated=_add_if(saturated, state.num_saturated),
     )
-    updates = treedef.unflatten(
-        shares.as_gradient(x, leaf)
-        for (x, _), leaf in zip(narrowed, leaves, strict=True)
-    )
-    return updates, new_state, accepted
+    found = {
+        path: shares.as_gradient(update, leaves[path])
+        for path, (update, _) in zip(paths, narrowed, strict=True)
+    }
+    return treedef.unflatten({**leaves, **found}.values()), new_state, accepted
 
 
 def _on_mesh(state: ScaleByMFACState) -> ScaleByMFACState:
