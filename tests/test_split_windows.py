@@ -17,7 +17,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mfac_jax
 
-pytestmark = pytest.mark.eight_devices
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.eight_devices,
+]
 
 P = PartitionSpec
 NUM_GRADS = 24  # Unlike any axis of a leaf, as is a device's share of 3 or 6.
@@ -75,7 +78,7 @@ def gradients():
 
 
 @pytest.fixture(scope="module")
-def on_one_device(quick_compilation, gradients):
+def on_one_device(gradients):
     """Returns the updates of an optimizer on one device, and its last state."""
 
     @functools.cache
@@ -153,7 +156,6 @@ def test_every_update_is_that_of_one_device(on_one_device, name, layout):
     assert share <= whole / num_shares * 1.05
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_inside_shard_map(on_one_device, gradients):
     """The loop needs a state of one type: what differs between devices stays so."""
     mesh = make_mesh((8,))
@@ -257,7 +259,6 @@ def test_no_window_travels(monkeypatch, path, layout):
         assert temporaries <= 3 * of_params + 0.05 * share
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_a_checkpoint_moves_to_other_devices_and_back(
     on_one_device, tmp_path, num_devices
@@ -289,7 +290,6 @@ def test_a_checkpoint_moves_to_other_devices_and_back(
         assert relative_error(found, expected) <= 2e-6
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nnx_needs_the_argument_and_the_mesh_alone(name):
     """No shardings are passed, and eager `init` puts each share where it belongs."""
@@ -411,7 +411,6 @@ class RotatedWindow(Float8Window):
         return Rotated(values, jnp.eye(leaf.shape[-1]))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_state_that_is_not_split_yet(gradients, axis_type):
     """The first update splits it. An empty leaf has no row to write."""

@@ -88,14 +88,14 @@ MFAC = ["--optim", "MFAC", "--optim_args", '{"lr": 1e-2, "num_grads": 8}']
     [
         ([*ADAMW, *ACCUMULATED, "--do_eval"], {}),
         # Each checkpoint is resumed on other devices, the last one on the first ones.
-        (MFAC, {2: 2, 6: 8}),
+        (MFAC, {2: 2, 4: 8}),
     ],
     ids=["adamw", "MFAC"],
 )
 def test_eight_devices_train_evaluate_and_resume_as_one(
     toy, tmp_path, flags, resumed_on
 ):
-    flags = ["--max_steps", "10", "--save_steps", "2", *flags]
+    flags = ["--max_steps", "6", "--save_steps", "2", *flags]
     flags += ["--per_device_eval_batch_size", "2"]
 
     def run(num_devices, name, batch_size=16):
@@ -109,7 +109,7 @@ def test_eight_devices_train_evaluate_and_resume_as_one(
     for step, num_devices in resumed_on.items():
         cut_off(tmp_path / "eight", step)
         run(num_devices, "eight")
-    assert_same_losses(tmp_path / "eight", tmp_path / "one", 10)
+    assert_same_losses(tmp_path / "eight", tmp_path / "one", 6)
     with pytest.raises(UserError, match="the batch size of all devices was"):
         run(8, "eight", batch_size=32)
 
@@ -230,7 +230,7 @@ def test_two_processes_train_as_one(micro, micro_alone, tmp_path):
     assert_close_models(tmp_path, micro_alone)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_a_process_dies_the_other_ends(micro, micro_alone, tmp_path, victim):
     """One process on one device resumes the run."""
     processes = start_processes(command(micro, tmp_path, 4, 8, *MICRO_FLAGS), victim)
