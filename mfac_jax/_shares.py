@@ -37,8 +37,8 @@ class Shares(NamedTuple):
     Attributes:
       num_grads: The number of rows ``m``.
       num_rows: The number of rows of a device.
-      axes: The mesh axes of the window.
-      names: Those axes if they have several devices, otherwise none.
+      axes: The mesh axes that ``window_axis`` names.
+      names: The same if they have several devices; none if every device has all rows.
       is_mapped: Whether the caller is inside :func:`jax.shard_map` over these axes.
     """
 

@@ -54,7 +54,7 @@ def inner_products(x: jax.Array, y: jax.Array) -> jax.Array:
     def in_pieces(x, y):
         return _sum_rows((x * y).reshape(x.shape[0], -1))
 
-    if may_be_split():
+    if may_be_split():  # A sum in pieces would gather what is split.
         return total(x, y)
     return lax.platform_dependent(x, y, cpu=in_pieces, default=total)
 
