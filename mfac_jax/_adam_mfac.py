@@ -1,4 +1,4 @@
-"""M-FAC in Adam's metric: a step in Adam's units for any loss and any window."""
+"""M-FAC in Adam's metric, an Optax transformation with steps in Adam's units."""
 
 # No `from __future__ import annotations` here: Optax's contract suite compares the
 # annotation of `learning_rate` with the object `optax.ScalarOrSchedule`.
@@ -26,8 +26,15 @@ class ScaleByAdamMFACState(NamedTuple):
     """State of :func:`~mfac_jax.scale_by_adam_mfac`.
 
     Attributes:
-      mfac: The window of the gradients in Adam's metric, and its solve.
-      nu: Moving averages of the squared gradients, a tree like the parameters.
+      mfac: State of the window, which stores the gradients in Adam's metric.
+      nu: Moving averages of the squared gradients, a tree like the parameters, float32
+        at least.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> state = mfac_jax.scale_by_adam_mfac(num_grads=8).init({'w': jnp.zeros(3)})
+      >>> state.mfac.gram.shape, state.nu['w'].shape
+      ((8, 8), (3,))
     """
 
     mfac: ScaleByMFACState
@@ -46,17 +53,17 @@ def scale_by_adam_mfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of a Fisher matrix in Adam's metric.
 
-    :func:`scale_by_mfac` damps the Fisher matrix by a multiple of the identity: its
-    damping has the units of a squared gradient, its step those of an inverse gradient.
-    Here the damping is a multiple of Adam's diagonal, relative to the size of the
-    stored gradients, and the step has Adam's units for any scale of the loss. A
-    learning rate that suits AdamW is a good first choice.
+    :func:`~mfac_jax.scale_by_mfac` damps the Fisher matrix by a multiple of the
+    identity: its damping has the units of a squared gradient, and its step the units of
+    an inverse gradient. Here the damping is a multiple of Adam's diagonal, relative to
+    the size of the stored gradients, and the step has Adam's units for any scale of the
+    loss. Start with a learning rate that suits AdamW.
 
     With :math:`\hat\nu_t` the bias-corrected average of the squared gradients
     (:math:`\beta_2`), Adam's metric is :math:`D_t = \sqrt{\hat\nu_t} + \epsilon`. The
     window stores :math:`w_t = D_t^{-1/2} g_t`. With the last :math:`m` of these as the
-    rows of :math:`W`, and :math:`\kappa` the mean of their squared norms, those that
-    are zero left out, the update is
+    rows of :math:`W`, and :math:`\kappa` the mean squared norm of the nonzero rows,
+    the update is
 
     .. math::
         u_t = (1 + \rho)\, \kappa\, D_t^{-1/2}
@@ -64,26 +71,26 @@ def scale_by_adam_mfac(
             = (1 + \rho)\, \kappa\, D_t^{-1/2} W^T c, \qquad
         (\rho \kappa I + W W^T)\, c = e .
 
-    The weights :math:`e_j \propto \beta_1^{t - j}`, of sum 1, make :math:`W^T e` the
-    bias-corrected momentum of the stored gradients. It needs no memory, and all of it
-    is preconditioned by the newest matrix.
+    The weights :math:`e_j \propto \beta_1^{t - j}` sum to 1 and make :math:`W^T e` the
+    bias-corrected momentum of the stored gradients. The momentum needs no memory, and
+    all of it is preconditioned by the newest matrix.
 
-    If the stored gradients are orthogonal and of one norm, the update is Adam's, with
+    If the stored gradients are orthogonal and of equal norm, the update is Adam's, with
     momentum over the window and :math:`D_t^{-1/2} D_j^{-1/2}` as the metric of an older
-    gradient. The limit of :math:`\rho \to \infty` is the same for any gradients, and
-    in the metric's norm no update is longer than :math:`(1 + \rho) / \rho` of it.
-    Directions that the stored gradients share get shorter steps: a gradient that stays
-    the same :math:`(1 + \rho) / (m + \rho)` of Adam's.
+    gradient. For :math:`\rho \to \infty` it tends to the same limit for any gradients;
+    in the metric's norm it is at most :math:`(1 + \rho) / \rho` times as long as that
+    limit. Directions that the stored gradients share get shorter steps: a constant
+    gradient gets :math:`(1 + \rho) / (m + \rho)` of Adam's step.
 
-    :math:`\rho \kappa / m` is the :math:`\lambda` of :func:`scale_by_mfac`, and what
-    :func:`~mfac_jax.diagnostics` reports as ``damp``. The previous value is kept while
-    it is within 10 % of what :math:`\rho` asks for, so that a solve follows from the
-    one before.
+    :math:`\rho \kappa / m` is the :math:`\lambda` of :func:`~mfac_jax.scale_by_mfac`;
+    :func:`~mfac_jax.diagnostics` reports it as ``damp``. The previous value is kept
+    while the requested one is within 10 % of it, so that the solve can update the
+    previous inverse.
 
-    Windows, their memory, gradients that are not finite and the warning about donation
-    are as for :func:`scale_by_mfac`. The second moments add one array like each
-    parameter, float32 at least. :func:`~mfac_jax.drop_windows` keeps them, and drops
-    the momentum with the window.
+    Windows and their memory, rejected gradients and the need to donate the state are as
+    for :func:`~mfac_jax.scale_by_mfac`. The second moments add one array like each
+    parameter, float32 at least. :func:`~mfac_jax.drop_windows` keeps them, but drops
+    the momentum together with the window.
 
     Args:
       num_grads: Number of gradients ``m`` in the window (static), at least 1.
@@ -93,22 +100,22 @@ def scale_by_adam_mfac(
       b2: Rate ``0 <= β₂ < 1`` of the second moments: a number or a traced scalar.
       eps: Term ``ε > 0`` of the metric: a number or a traced scalar.
       window: Storage format of each leaf's gradients (static); see
-        :func:`scale_by_mfac`.
+        :func:`~mfac_jax.scale_by_mfac`.
       window_axis: Mesh axis over which windows are split (static); see
-        :func:`scale_by_mfac`.
+        :func:`~mfac_jax.scale_by_mfac`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`. Updates have the dtypes of the
       gradients; ``update`` does not need the parameters.
 
     Raises:
-      TypeError: As :func:`scale_by_mfac`, and for ``b1``, ``b2`` or ``eps`` that is not
-        a scalar.
-      ValueError: As :func:`scale_by_mfac`, and for ``b1`` or ``b2`` outside ``[0, 1)``
-        or ``eps <= 0``.
+      TypeError: As :func:`~mfac_jax.scale_by_mfac`, and for ``b1``, ``b2`` or ``eps``
+        that is not a scalar.
+      ValueError: As :func:`~mfac_jax.scale_by_mfac`, and for ``b1`` or ``b2`` outside
+        ``[0, 1)`` or ``eps <= 0``.
 
     Examples:
-      The first step is Adam's, and its size does not depend on that of the gradient:
+      The first step is Adam's; its size is independent of the scale of the gradient:
 
       >>> import jax.numpy as jnp, mfac_jax
       >>> opt = mfac_jax.scale_by_adam_mfac(num_grads=8)
@@ -156,10 +163,10 @@ def scale_by_adam_mfac(
 
         def inverse_root(v):
             corrected = v / (1 - jnp.asarray(b2, v.dtype) ** num_seen)
-            # optax.inject_hyperparams makes 1e-8 a float16, which is 0.
+            # optax.inject_hyperparams may cast 1e-8 to float16, which rounds it to 0.
             positive = jnp.maximum(jnp.asarray(eps, v.dtype), jnp.finfo(v.dtype).tiny)
             root = 1 / jnp.sqrt(jnp.sqrt(corrected) + positive)
-            # A square that overflows rejects its gradient.
+            # NaN rejects a gradient whose square overflows.
             return jnp.where(jnp.isfinite(v), root, jnp.nan)
 
         def system_of(gram):
@@ -203,14 +210,14 @@ def adam_mfac(
     window: Window | WindowFn | None = None,
     window_axis: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Builds M-FAC in Adam's metric, the recipe that needs a learning rate only.
+    r"""Builds M-FAC in Adam's metric, which requires only a learning rate.
 
-    The update of :func:`scale_by_adam_mfac` takes the place of Adam's in AdamW:
+    The update of :func:`~mfac_jax.scale_by_adam_mfac` replaces Adam's in AdamW:
 
     .. math::
         \theta_{t+1} = \theta_t - \eta\, (u_t + w\, \theta_t) .
 
-    Weight decay is decoupled, so it goes with any window.
+    Weight decay is decoupled and therefore works with any window.
 
     Args:
       learning_rate: Step size ``η`` in AdamW's units: a number, a traced scalar or a
@@ -226,19 +233,19 @@ def adam_mfac(
       mask: Which leaves decay (static): a tree of booleans with the structure of the
         parameters or a prefix of it, or a function from parameters to such a tree.
       window: Storage format of each leaf's gradients (static); see
-        :func:`scale_by_mfac`.
+        :func:`~mfac_jax.scale_by_mfac`.
       window_axis: Mesh axis over which windows are split (static); see
-        :func:`scale_by_mfac`.
+        :func:`~mfac_jax.scale_by_mfac`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`. Updates have the dtypes of the
       gradients.
 
     Raises:
-      TypeError: As :func:`scale_by_adam_mfac`, and for another hyper-parameter that is
-        not a scalar or a schedule.
-      ValueError: As :func:`scale_by_adam_mfac`, and for a ``learning_rate`` that is not
-        finite or a negative ``weight_decay``.
+      TypeError: As :func:`~mfac_jax.scale_by_adam_mfac`, and for any other
+        hyper-parameter that is not a scalar or a schedule.
+      ValueError: As :func:`~mfac_jax.scale_by_adam_mfac`, and for a ``learning_rate``
+        that is not finite or a negative ``weight_decay``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax, optax
@@ -257,7 +264,7 @@ def adam_mfac(
       True
 
     References:
-      See :func:`scale_by_adam_mfac`.
+      See :func:`~mfac_jax.scale_by_adam_mfac`.
     """
     learning_rate = _checks.check_learning_rate(learning_rate)
     num_grads = _checks.check_num_grads(num_grads, ("num_grads", "mask", "window"))

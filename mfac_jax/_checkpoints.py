@@ -1,4 +1,4 @@
-"""Optimizer states without their windows, for small checkpoints."""
+"""Optimizer states without windows, for small checkpoints."""
 
 from typing import Any
 
@@ -13,15 +13,16 @@ def drop_windows(opt_state: Any) -> Any:
     Args:
       opt_state: A tree that contains optimizer states, such as a training state or
         ``optimizer.opt_state`` of an ``nnx.Optimizer``, or its shapes. States of other
-        optimizers stay as they are.
+        optimizers are returned unchanged.
 
     Returns:
       The tree with ``None`` in place of every stored gradient, Gram matrix and inverse.
-      Counters, damping and momentum are kept. :func:`refill_windows` makes it usable
-      again.
+      Counters, damping and momentum are kept, except the momentum of
+      :func:`~mfac_jax.scale_by_adam_mfac`, which is in the window.
+      :func:`~mfac_jax.refill_windows` makes the state usable again.
 
     Raises:
-      TypeError: For ``nnx.state(optimizer)``, which has lost the class of the state.
+      TypeError: For ``nnx.state(optimizer)``, which loses the class of the state.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -31,8 +32,6 @@ def drop_windows(opt_state: Any) -> Any:
       >>> small = mfac_jax.drop_windows(state)
       >>> sum(x.size for x in jax.tree.leaves(small))
       6
-      >>> state = mfac_jax.refill_windows(small, opt.init(params))
-      >>> updates, state = opt.update(params, state)
     """
 
     def drop(node: Any) -> Any:
@@ -51,24 +50,33 @@ def drop_windows(opt_state: Any) -> Any:
 
 
 def refill_windows(opt_state: Any, like: Any) -> Any:
-    """Gives an optimizer state without gradients an empty window.
+    """Adds empty windows to an optimizer state that has none.
 
     Args:
-      opt_state: What :func:`drop_windows` returned, saved and restored.
+      opt_state: The result of :func:`~mfac_jax.drop_windows`, for example restored
+        from a checkpoint.
       like: The initial state of the same optimizer, ``opt.init(params)``, or the tree
-        around it; for ``flax.nnx`` ``nnx.Optimizer(model, opt, wrt=nnx.Param)
-        .opt_state``.
+        that contains it. For ``flax.nnx``, the ``opt_state`` of a new
+        ``nnx.Optimizer``.
 
     Returns:
-      ``opt_state`` with the windows, Gram matrices and inverses of ``like``: the window
-      fills again, as at the start of training.
+      ``opt_state`` with the windows, Gram matrices and inverses of ``like``. The
+      windows fill again as at the start of training.
 
     Raises:
-      TypeError: For ``nnx.state(optimizer)``, which has lost the class of the state.
-      ValueError: If ``like`` has no window or other parameters.
+      TypeError: For ``nnx.state(optimizer)``, which loses the class of the state.
+      ValueError: If ``like`` has no window, or is the state of other parameters.
 
     Examples:
-      See :func:`drop_windows`.
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> opt = mfac_jax.mfac(1e-2, num_grads=4)
+      >>> params = {'w': jnp.ones(3)}
+      >>> _, state = opt.update(params, opt.init(params))
+      >>> restored = mfac_jax.drop_windows(state)
+      >>> state = mfac_jax.refill_windows(restored, opt.init(params))
+      >>> updates, state = opt.update(params, state)
+      >>> print(mfac_jax.diagnostics(state)['num_stored'])
+      1
     """
 
     def refill(node: Any, empty: Any) -> Any:
@@ -88,7 +96,7 @@ def refill_windows(opt_state: Any, like: Any) -> Any:
                 f"{sorted(empty.window)}, `opt_state` for {sorted(node.window)}."
             )
         window = map_windows(
-            # Of another kind of window only the counters that both have are kept.
+            # If the kind of window differs, only the counters of both are kept.
             lambda stored, counted: stored._replace(
                 **{
                     name: value
@@ -109,6 +117,6 @@ def refill_windows(opt_state: Any, like: Any) -> Any:
 def _check_class(node: Any) -> None:
     if not isinstance(node, ScaleByMFACState):
         raise TypeError(
-            "the state has lost its class in nnx.state(optimizer); pass "
+            "nnx.state(optimizer) loses the class of the state; pass "
             "optimizer.opt_state."
         )

@@ -1,4 +1,4 @@
-"""Validation of the arguments of the optimizer and of its windows."""
+"""Validates the arguments of the optimizer and its windows."""
 
 import math
 import operator
@@ -10,12 +10,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-# What a damping must be, for check_number.
+# The requirement on a damping, for check_number.
 POSITIVE = (
     "must be positive and finite: at 0 the Fisher is singular",
     lambda x: 0 < x < math.inf,
 )
-# What other hyper-parameters must be, for check_number.
+# The requirements on other hyper-parameters, for check_number.
 RATE = ("must be in [0, 1)", lambda x: 0 <= x < 1)
 DECAY = ("must be finite and at least 0", lambda x: 0 <= x < math.inf)
 EPSILON = ("must be positive and finite", lambda x: 0 < x < math.inf)
@@ -23,10 +23,7 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def number_of(value: Any) -> float | None:
-    """Returns a concrete scalar of any library as a float.
-
-    Returns ``None`` for schedules and traced values.
-    """
+    """Returns a concrete scalar as a float; ``None`` for schedules and tracers."""
     if callable(value) or isinstance(value, jax.core.Tracer):
         return None
     return float(value)
@@ -42,20 +39,20 @@ def check_number(
     """Validates a concrete scalar of any library.
 
     Args:
-      name: The argument, for the message.
-      value: What the user passed. A traced scalar passes unchecked.
-      requirement: What a number must be, for the message.
+      name: The name of the argument, for the message.
+      value: The argument. A traced scalar passes unchecked.
+      requirement: The requirement in words, for the message.
       holds: Returns whether a number meets the requirement.
-      kind: What may be passed, for the message.
+      kind: The accepted types in words, for the message.
 
     Returns:
-      The value. Scalars of NumPy and other libraries become Python floats, which leave
-      dtypes alone; a JAX array stays one, since the next call may get a tracer in its
-      place (``optax.inject_hyperparams``).
+      The value. Scalars of NumPy and other libraries become Python floats, which do not
+      promote dtypes; a JAX array stays one, because ``optax.inject_hyperparams`` may
+      pass a tracer at the next call.
 
     Raises:
       TypeError: If ``value`` is not a scalar.
-      ValueError: If it does not fulfill the requirement.
+      ValueError: If it does not meet the requirement.
     """
     is_number = hasattr(value, "__float__") and not isinstance(value, bool)
     if isinstance(value, np.generic | np.ndarray | jax.Array):
@@ -67,7 +64,7 @@ def check_number(
     if number is None:
         return value
     if not holds(number):
-        shown = float(f"{number:.6g}")  # Without the digits that float32 adds.
+        shown = float(f"{number:.6g}")  # Drops the digits that float32 adds.
         raise ValueError(f"{name} {requirement}, got {shown}{_dtype_hint(value)}.")
     return value if isinstance(value, jax.Array) else number
 
@@ -75,7 +72,7 @@ def check_number(
 def check_scalar(
     name: str, value: Any, requirement: str, holds: Callable[[float], bool]
 ) -> Any:
-    """Validates a hyper-parameter that may also be a schedule; see `check_number`."""
+    """Validates a number or a schedule; see :func:`check_number`."""
     if callable(value):
         return value
     return check_number(name, value, requirement, holds, "a number or a schedule")
@@ -83,7 +80,7 @@ def check_scalar(
 
 def check_learning_rate(value: Any) -> Any:
     """Validates a learning rate; see :func:`check_scalar`."""
-    # A model or its parameters, a habit from PyTorch. Some models can be called.
+    # PyTorch users may pass a model or its parameters. Some models are callable.
     holds_arrays = any(np.ndim(leaf) > 0 for leaf in jax.tree.leaves(value))
     if value is None or (holds_arrays and not _is_schedule(value)):
         raise TypeError(
@@ -96,7 +93,7 @@ def check_learning_rate(value: Any) -> Any:
 def _is_schedule(value: Any) -> bool:
     try:
         rate = jax.eval_shape(value, jax.ShapeDtypeStruct((), jnp.int32))
-    except Exception:  # Whatever a model raises that is called with a count.
+    except Exception:  # A model that is called with a count may raise anything.
         return False
     return getattr(rate, "shape", None) == ()
 
@@ -110,26 +107,26 @@ def check_num_grads(value: Any, static_args: tuple[str, ...]) -> int:
     """Validates the number of gradients.
 
     Args:
-      value: what the user passed.
-      static_args: the static arguments of the factory it was passed to, for the advice.
+      value: The argument.
+      static_args: The static arguments of the caller, for the message.
 
     Returns:
       A Python integer.
 
     Raises:
-      TypeError: if it is traced or not an integer.
-      ValueError: if it is below 1.
+      TypeError: If it is traced or not an integer.
+      ValueError: If it is below 1.
     """
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            "num_grads is a shape and cannot be traced; with optax.inject_hyperparams "
+            "num_grads is a shape and cannot be traced; with optax.inject_hyperparams, "
             f"pass static_args={static_args}."
         )
     return check_integer("num_grads", value, 1)
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
-    """Returns an integer of at least ``minimum`` as a Python integer, else raises."""
+    """Validates an integer of at least ``minimum``; returns a Python integer."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -153,7 +150,7 @@ def check_window_axis(value: Any) -> None:
 
 
 def check_dtype(kind: str, dtype: jax.typing.DTypeLike | None) -> None:
-    """Raises unless gradients can be stored in ``dtype``; ``None`` passes."""
+    """Raises a ValueError unless ``dtype`` is a storage dtype or ``None``."""
     if dtype is None:
         return
     try:
@@ -167,10 +164,10 @@ def check_dtype(kind: str, dtype: jax.typing.DTypeLike | None) -> None:
 
 
 def check_parameter(name: str, leaf: Any) -> None:
-    """Raises unless a leaf is a real floating-point array or number.
+    """Validates that a leaf is a real floating-point array or number.
 
     Raises:
-      TypeError: with the leaf's path and how to leave it out.
+      TypeError: With the leaf's path and how to leave it out.
     """
     if isinstance(leaf, float):
         return
@@ -178,7 +175,7 @@ def check_parameter(name: str, leaf: Any) -> None:
         raise TypeError(
             "M-FAC needs real floating-point parameters, but "
             f"{named(name)} is {_described(leaf)}. Leave it out with optax.masked or "
-            "optax.partition; of an Equinox model pass "
+            "optax.partition; for an Equinox model, pass "
             "eqx.filter(model, eqx.is_inexact_array)."
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -190,7 +187,7 @@ def check_parameter(name: str, leaf: Any) -> None:
 
 
 def named(path: str) -> str:
-    """Returns the path of a leaf for a message; a tree that is one leaf has none."""
+    """Returns the path of a leaf for a message; a tree of one leaf has no path."""
     return path or "the parameter"
 
 
@@ -205,11 +202,11 @@ def _described(value: Any) -> str:
 
 
 def _dtype_hint(value: Any) -> str:
-    """Explains a number that was fine before it was rounded."""
+    """Returns a hint if rounding may have made a number invalid."""
     dtype = getattr(value, "dtype", None)
     if dtype not in (jnp.bfloat16, jnp.float16):
         return ""
     return (
-        f" in {dtype}; optax.inject_hyperparams rounds numbers to the parameters' "
-        "dtype unless it is given hyperparam_dtype=jnp.float32"
+        f" in {dtype}; optax.inject_hyperparams casts hyper-parameters to the dtype of "
+        "the parameters unless you pass hyperparam_dtype=jnp.float32"
     )

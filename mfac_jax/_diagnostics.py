@@ -1,4 +1,4 @@
-"""What users read from an optimizer state: scalars to log, bytes, a table."""
+"""Diagnostics of an optimizer state: scalars to log, memory, a table of leaves."""
 
 from typing import Any
 
@@ -10,25 +10,30 @@ from mfac_jax.windows._storage import saturating_add
 
 
 def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
-    r"""Returns scalars that tell how M-FAC is doing.
+    r"""Returns scalars to log from an optimizer state.
 
     The effective rank of the Gram matrix is
     :math:`(\mathrm{tr}\, K)^2 / \lVert K \rVert_F^2`: 1 for parallel gradients, the
-    number of gradients for orthogonal ones of one length. Costs :math:`O(m^2)`, and may
-    be called inside a jitted training step.
+    number of gradients for orthogonal ones of equal norm. The call costs :math:`O(m^2)`
+    and works inside a jitted training step.
 
     Args:
       opt_state: An optimizer state that contains the state of
         :func:`~mfac_jax.scale_by_mfac`, at any depth; also ``nnx.state(optimizer)``.
 
     Returns:
-      A flat dictionary of scalars: ``damp``, ``num_raised``, ``num_rejected`` and
-      ``num_saturated`` as in :class:`~mfac_jax.ScaleByMFACState`; ``num_stored``, the
-      gradients in the window that are not zero; ``effective_rank``; and the counters of
-      the windows, summed over the leaves, such as ``num_dropped`` of
-      :class:`~mfac_jax.RowSparseWindow`. Empty if ``opt_state`` contains no state of
-      M-FAC; if it contains several, each key is preceded by the path of its state.
-      ``num_stored`` and ``effective_rank`` are absent after :func:`drop_windows`.
+      A flat dictionary of scalars, empty if ``opt_state`` contains no state of M-FAC.
+      Its keys are
+
+      * ``damp``, ``num_raised``, ``num_rejected`` and ``num_saturated``, as in
+        :class:`~mfac_jax.ScaleByMFACState`.
+      * ``num_stored``, the number of nonzero gradients in the window, and
+        ``effective_rank``. Both are absent after :func:`~mfac_jax.drop_windows`.
+      * The counters of the windows, summed over the leaves, such as ``num_dropped`` of
+        :class:`~mfac_jax.RowSparseWindow`.
+
+      If ``opt_state`` contains several states of M-FAC, each key is prefixed with the
+      path of its state.
 
     Examples:
       >>> import jax.numpy as jnp, mfac_jax
@@ -55,17 +60,17 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
 
 
 def window_nbytes(opt_state: Any) -> int:
-    """Returns the bytes that the windows of an optimizer state take.
+    """Returns the size of the windows of an optimizer state, in bytes.
 
     Counts the stored gradients with their indices, scales and error buffers. The Gram
     matrix and its inverse take ``num_grads²`` elements each in addition.
 
     Args:
-      opt_state: As :func:`diagnostics`, or its shapes: ``jax.eval_shape(opt.init,
-        params)`` allocates nothing.
+      opt_state: As for :func:`~mfac_jax.diagnostics`, or its shapes:
+        ``jax.eval_shape(opt.init, params)`` allocates nothing.
 
     Returns:
-      Bytes, a Python integer, of all states of M-FAC in ``opt_state``.
+      The bytes of all states of M-FAC in ``opt_state``, a Python integer.
 
     Raises:
       ValueError: If there is no state of :func:`~mfac_jax.scale_by_mfac`.
@@ -87,13 +92,13 @@ def window_nbytes(opt_state: Any) -> int:
 
 
 def window_table(opt_state: Any) -> str:
-    """Returns a table of the leaves, what is stored of each, and its bytes.
+    """Returns a table of the arrays stored for each leaf and their bytes.
 
     Args:
-      opt_state: As :func:`window_nbytes`.
+      opt_state: As for :func:`~mfac_jax.window_nbytes`.
 
     Returns:
-      Text to print, one line per parameter leaf.
+      Text to print, with a header and one line per leaf.
 
     Raises:
       ValueError: If there is no state of :func:`~mfac_jax.scale_by_mfac`.
@@ -156,7 +161,7 @@ def _nbytes(stored: Any) -> int:
 
 
 def _arrays_of(stored: Any) -> dict[str, Any]:
-    """Returns what is stored of the gradients; an emptied window has nothing."""
+    """Returns the arrays of a window by name, without counters and dropped arrays."""
     return {
         name: x
         for name, x in fields_of(stored).items()

@@ -1,4 +1,4 @@
-"""Inverse-Fisher products of vectors outside the window."""
+"""Inverse-Fisher products with vectors outside the window."""
 
 from typing import Any
 
@@ -24,30 +24,31 @@ def inverse_fisher_vector_product(
     .. math::
         F^{-1} x = \frac{1}{\lambda} \left(x - G^T (m \lambda I + G G^T)^{-1} G x\right)
 
-    For vectors outside the window: for an influence function, say, or a gradient of
-    other data. It divides the difference of two nearly equal vectors by ``λ``, so in
-    float32 it keeps about ``eps · ‖x‖ / (λ ‖F⁻¹ x‖)`` of relative accuracy, and where
-    the window's gradients are too parallel for the dtype it is NaN: use float64 or more
-    damping there. The optimizer itself never computes it this way.
+    Use it for vectors outside the window, such as influence functions or gradients of
+    other data. It divides the difference of two nearly equal vectors by ``λ``: in
+    float32 the relative error is about ``eps · ‖x‖ / (λ ‖F⁻¹ x‖)``, and the result is
+    NaN where the gradients of the window are too parallel for the dtype. Use float64 or
+    more damping there. The optimizer itself does not use this formula.
 
     Args:
-      state: The state of :func:`scale_by_mfac`, or an optimizer state that contains
-        exactly one, such as the state of a chain or ``optimizer.opt_state`` of an
-        ``nnx.Optimizer``.
+      state: The state of :func:`~mfac_jax.scale_by_mfac`, or an optimizer state that
+        contains exactly one, such as the state of a chain or ``optimizer.opt_state`` of
+        an ``nnx.Optimizer``.
       vector: ``x``, a tree with the structure and shapes of the parameters.
-      damp: Damping ``λ > 0``, a number or a traced scalar.
+      damp: Damping ``λ > 0``, in units of the squared gradient norm: a number or a
+        traced scalar.
       window_axis: Mesh axis over which windows are split (static); see
-        :func:`scale_by_mfac`.
+        :func:`~mfac_jax.scale_by_mfac`.
 
     Returns:
       ``F⁻¹ x``, with the structure, shapes and dtypes of ``vector``.
 
     Raises:
-      TypeError: If ``damp`` is not a scalar, if the paths of ``vector`` are not those
-        of the parameters, or if a leaf is not real and floating-point.
-      ValueError: If ``damp`` is a number and not positive and finite, if ``state`` does
-        not contain exactly one state of M-FAC, or if a shape of ``vector`` is not the
-        parameter's.
+      TypeError: If ``damp`` is not a scalar, the paths of ``vector`` differ from the
+        parameters', or a leaf is not real and floating-point.
+      ValueError: If ``damp`` is a number that is not positive and finite, ``state``
+        does not contain exactly one state of M-FAC, or a shape of ``vector`` differs
+        from the parameter's.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -59,8 +60,7 @@ def inverse_fisher_vector_product(
       0.3333 1.0000
 
     References:
-      Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
-      Information <https://arxiv.org/abs/2107.03356>`_, 2021
+      See :func:`~mfac_jax.scale_by_mfac`.
     """
     damp = _checks.check_number("damp", damp, *_checks.POSITIVE)
     _checks.check_window_axis(window_axis)

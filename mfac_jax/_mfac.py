@@ -29,9 +29,9 @@ def scale_by_mfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of a damped empirical Fisher matrix.
 
-    The state holds ``num_grads`` gradients: ``num_grads × parameters × 4`` bytes if
-    they are stored densely in float32, 18 GB for BERT-tiny and 448 GB for BERT-base at
-    the published 1024 gradients. Choose ``window`` by what fits:
+    The state holds ``num_grads`` gradients: ``num_grads × parameters × 4`` bytes when
+    stored densely in float32, 18 GB for BERT-tiny and 448 GB for BERT-base at
+    the published 1024 gradients. Choose a ``window`` that fits in memory:
 
     * :func:`~mfac_jax.compact_windows` if embedding tables are most of the parameters:
       2 GB instead of 18 for BERT-tiny, but still 353 GB for BERT-base. Exact while a
@@ -41,8 +41,8 @@ def scale_by_mfac(
     * :class:`~mfac_jax.Int8Window` (a quarter) or :class:`~mfac_jax.TopKWindow` (at
       density 0.01, 1.5 % plus one gradient) for tens and hundreds of millions.
 
-    Fewer gradients take proportionally less. Raise the learning rate with them: the
-    step is proportional to ``learning_rate × num_grads``.
+    Memory is proportional to ``num_grads``. With fewer gradients, raise the learning
+    rate: the step is proportional to ``learning_rate × num_grads``.
 
     The Fisher matrix uses the last :math:`m` mini-batch gradients, the newest included:
 
@@ -53,30 +53,29 @@ def scale_by_mfac(
 
     :math:`m` is constant while the window fills, so the first step is about
     :math:`m g / \lVert g \rVert^2`. A step costs two reads of the window and
-    :math:`O(m^2)` for the solve, whose inverse follows from the step before. The
+    :math:`O(m^2)` for the solve, which updates the inverse of the previous step. The
     :math:`m \times m` matrix is factorized only when that inverse has lost accuracy or
     the damping has changed.
 
-    Gram matrix and solve are in float32, or in float64 if any window stores float64.
+    The Gram matrix and the solve use float32, or float64 if any window stores float64.
     Where that precision cannot resolve the damping (identical or nearly parallel
     gradients with :math:`m \lambda` below the rounding of :math:`\lVert g \rVert^2`),
     the solve raises it by factors of four until it can; :func:`~mfac_jax.diagnostics`
     reports the damping used and the number of such updates. Updates are always finite.
 
     A gradient that is not finite, or too large for its squared norm to be finite, is
-    rejected: the update is zero, window and Gram matrix stay as they were, and the
-    count that schedules see advances.
+    rejected: the update is zero, the window and the Gram matrix stay unchanged, and
+    the count that schedules see advances.
 
-    What is preconditioned is the gradient as its window stores it: rounded, quantized
-    or sparse. The residual would lie outside the span of the window and come back
+    The update preconditions the gradient as its window stores it: rounded, quantized
+    or sparse. The residual lies outside the span of the window and would come back
     multiplied by :math:`1 / \lambda`.
 
     .. warning::
-        Jit the training step with the optimizer state donated (``donate_argnums``), so
-        that the window is updated in place; otherwise it is copied at every step. For
-        gradient accumulation average the gradients before ``update``:
-        :class:`optax.MultiSteps` evaluates this transformation at every micro-step and
-        holds a second window.
+        Donate the optimizer state (``donate_argnums``) when you jit the training step:
+        the window is then updated in place; otherwise every step copies it. To
+        accumulate gradients, average them before ``update``: :class:`optax.MultiSteps`
+        evaluates this transformation at every micro-step and holds a second window.
 
     Args:
       num_grads: Number of gradients ``m`` in the window (static), at least 1.
@@ -85,14 +84,15 @@ def scale_by_mfac(
       window: Storage format of each leaf's gradients (static): one window for all
         leaves, or a callable ``(path, leaf) -> window``. ``path`` is the key path as a
         string, such as ``'encoder/dense/kernel'``, ``leaf`` the parameter or its
-        :class:`jax.ShapeDtypeStruct`. ``None`` is ``DenseWindow()``, the one kind for
-        parameters that are sharded over explicit mesh axes. Custom windows subclass
-        :class:`mfac_jax.windows.Window`. ``optax.inject_hyperparams`` calls a function
-        as a schedule unless ``'window'`` is in its ``static_args``.
+        :class:`jax.ShapeDtypeStruct`. ``None`` selects ``DenseWindow()``, the only
+        built-in kind for parameters sharded over explicit mesh axes. Custom windows
+        subclass :class:`mfac_jax.windows.Window`. With ``optax.inject_hyperparams``,
+        list ``'window'`` in ``static_args``; otherwise Optax calls a function as a
+        schedule.
       window_axis: Mesh axis, or a tuple of axes, over which windows are split (static):
         each of its ``n`` devices holds ``num_grads / n`` of the gradients. ``init`` and
         ``update`` must then be traced inside ``jax.set_mesh(mesh)``, or inside
-        :func:`jax.shard_map` over the axis. ``None`` leaves the windows to JAX. See
+        :func:`jax.shard_map` over the axis. ``None`` leaves their sharding to JAX. See
         :func:`~mfac_jax.state_shardings`.
 
     Returns:
@@ -102,12 +102,12 @@ def scale_by_mfac(
     Raises:
       TypeError: For a ``num_grads``, ``damp`` or ``window`` of the wrong type; from
         ``init``, for leaves that are not real floating-point arrays; from ``update``,
-        for gradients whose paths are not those of the parameters.
+        for gradients whose paths differ from the parameters'.
       ValueError: For ``num_grads < 1`` or ``damp <= 0``; from ``init``, for a leaf that
         its window cannot store; from ``update``, for a state of another ``num_grads``
         or gradients whose shapes differ from the parameters'. Dense windows compare the
-        whole shape, others only the number of blocks or the size of a row. From both,
-        for a ``window_axis`` that is no axis of the mesh or does not divide
+        full shape, others only the number of blocks or the size of a row. From both,
+        for a ``window_axis`` that is not an axis of the mesh or does not divide
         ``num_grads``.
 
     Examples:
@@ -139,7 +139,7 @@ def _scale_by_mfac(
     axis: AxisName | None,
     decays_of: Callable[[optax.Params], Mapping[str, float]],
 ) -> optax.GradientTransformationExtraArgs:
-    """As :func:`scale_by_mfac`, with the coupled weight decay of each leaf by path."""
+    """Builds :func:`scale_by_mfac`, given the coupled decay of each leaf by path."""
     damp = _checks.check_damp(damp)
     check_window(window)
     _checks.check_window_axis(axis)
@@ -184,7 +184,7 @@ def mfac(
     The state holds ``num_grads`` gradients, ``num_grads × parameters × 4`` bytes in
     float32: 448 GB for BERT-base at the published 1024. Pass
     :func:`~mfac_jax.compact_windows` as ``window`` for a model with embedding tables,
-    and see :func:`scale_by_mfac` for which window to choose at which size.
+    and see :func:`~mfac_jax.scale_by_mfac` for the windows that suit other models.
 
     With :math:`F` the damped empirical Fisher of the last :math:`m` gradients, one step
     is
@@ -204,37 +204,39 @@ def mfac(
         )
 
     Coupled decay makes every gradient dense, so it cannot be combined with a row-sparse
-    window of a leaf that decays. ``init`` raises if ``weight_decay`` is a number. It
-    cannot check schedules or traced values; rows are then dropped and counted in
-    ``num_dropped`` of :func:`~mfac_jax.diagnostics`.
+    window of a leaf that decays. ``init`` raises if ``weight_decay`` is a nonzero
+    number. It cannot check schedules or traced values; rows are then dropped and
+    counted in ``num_dropped`` of :func:`~mfac_jax.diagnostics`.
 
     Args:
       learning_rate: Step size ``η``: a number, a traced scalar or a schedule.
       num_grads: Number of gradients ``m`` in the window (static), at least 1.
-      damp: Damping ``λ > 0``: a number, a traced scalar or a schedule.
+      damp: Damping ``λ > 0``, in units of the squared gradient norm: a number, a traced
+        scalar or a schedule.
       momentum: Rate ``0 <= β < 1`` of the moving average of the preconditioned steps,
         without bias correction: a number, a traced scalar or a schedule. The average
-        takes the memory of the parameters in float32, unless it is ``None`` or the
-        number 0. (A JAX array that is 0 may be injected, and change later.)
+        takes one array like each parameter, float32 at least. ``None`` and the number
+        0 need none; a JAX array keeps it, because an injected value may change.
       weight_decay: ``w >= 0``: a number, a traced scalar or a schedule. Unless it is
         the number 0, ``update`` needs the parameters.
       mask: Which leaves decay (static): a tree of booleans with the structure of the
         parameters or a prefix of it, or a function from parameters to such a tree.
       window: Storage format of each leaf's gradients (static); see
-        :func:`scale_by_mfac`.
+        :func:`~mfac_jax.scale_by_mfac`.
       window_axis: Mesh axis over which windows are split (static); see
-        :func:`scale_by_mfac`.
+        :func:`~mfac_jax.scale_by_mfac`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs`. Updates have the dtypes of the
       gradients.
 
     Raises:
-      TypeError: As :func:`scale_by_mfac`, and for another hyper-parameter that is not a
-        scalar or a schedule.
-      ValueError: As :func:`scale_by_mfac`, and for a ``learning_rate`` that is not
-        finite, ``momentum`` outside ``[0, 1)`` or a negative ``weight_decay``; from
-        ``init``, for a ``weight_decay`` above 0 on a leaf whose window is row-sparse.
+      TypeError: As :func:`~mfac_jax.scale_by_mfac`, and for any other hyper-parameter
+        that is not a scalar or a schedule.
+      ValueError: As :func:`~mfac_jax.scale_by_mfac`, and for a ``learning_rate`` that
+        is not finite, ``momentum`` outside ``[0, 1)`` or a negative ``weight_decay``;
+        from ``init``, for a ``weight_decay`` above 0 on a leaf whose window is
+        row-sparse.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax, optax
@@ -252,8 +254,8 @@ def mfac(
       >>> print(f'{loss(params):.4f}')
       2.9579
 
-      Hyper-parameters may be injected. ``hyperparam_dtype`` keeps them in float32,
-      which matters for narrow parameters: in bfloat16 ``momentum=0.999`` would be 1.
+      Hyper-parameters may be injected. ``hyperparam_dtype`` keeps them in float32; in
+      the dtype of bfloat16 parameters, ``momentum=0.999`` would round to 1.
 
       >>> inject = optax.inject_hyperparams(
       ...   mfac_jax.mfac,
@@ -266,8 +268,7 @@ def mfac(
       0.999
 
     References:
-      Frantar et al., `M-FAC: Efficient Matrix-Free Approximations of Second-Order
-      Information <https://arxiv.org/abs/2107.03356>`_, 2021
+      See :func:`~mfac_jax.scale_by_mfac`.
     """
     learning_rate = _checks.check_learning_rate(learning_rate)
     num_grads = _checks.check_num_grads(num_grads, ("num_grads", "mask", "window"))

@@ -1,4 +1,4 @@
-"""What a step does with the windows: two passes over them, and one row written."""
+"""The window operations of a step: two passes over the windows and a row write."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ class Passes(NamedTuple):
     """The passes over the windows of some leaves.
 
     Attributes:
-      shares: The rows of each device.
-      groups: Which leaves are read together.
-      dtype: That of the Gram matrix.
+      shares: The split of the rows over devices.
+      groups: The leaves that are read together.
+      dtype: The dtype of the Gram matrix.
     """
 
     shares: Shares
@@ -30,7 +30,7 @@ class Passes(NamedTuple):
     ) -> tuple[list[Encoded], jax.Array, jax.Array, jax.Array]:
         """Returns the gradient as stored, ``‖g‖²``, whether it is finite, ``G g``.
 
-        The gradient as stored has an element for each group.
+        The gradient as stored is a list with an element for each group.
         """
 
         def on_device(stored, grads):
@@ -84,7 +84,7 @@ class Passes(NamedTuple):
         index: jax.Array,
         accepted: jax.Array,
     ) -> list[Any]:
-        """Returns the windows with the gradient, if it is accepted, at ``index``."""
+        """Returns the windows with the gradient at ``index`` if it is accepted."""
 
         def on_device(stored, rows, index, accepted):
             windows, index = (

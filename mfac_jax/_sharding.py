@@ -1,4 +1,4 @@
-"""The shardings of an optimizer state on a mesh."""
+"""Shardings of an optimizer state on a mesh."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,28 +31,29 @@ def state_shardings(
 ) -> Any:
     """Returns the shardings of an optimizer state with windows split over devices.
 
-    On each device of ``axis`` are ``num_grads / n`` of the stored gradients. Use the
-    result wherever JAX asks where the state is: ``jax.jit(opt.init,
-    out_shardings=...)``, the training step, a checkpoint to restore.
+    Each of the ``n`` devices of ``axis`` holds ``num_grads / n`` of the stored
+    gradients. Pass the result wherever JAX takes shardings of the state: to ``jax.jit``
+    as ``out_shardings`` of ``opt.init``, to the training step, and to restore a
+    checkpoint.
 
     * A window is split along its gradients. Where the parameter is split over other
-      mesh axes, its dense or row-sparse window is too; of the other kinds every device
-      of such an axis holds the same, unless ``axis`` names it as well.
-    * Trees like the parameters, such as momentum or Adam's moments, are split as the
-      parameters are.
-    * All else is on every device: the Gram matrix and its inverse, the error of
+      mesh axes, a dense or row-sparse window is split like it; windows of the other
+      kinds are replicated over these axes.
+    * Trees like the parameters, such as momentum or Adam's moments, are sharded like
+      the parameters.
+    * Everything else is replicated: the Gram matrix and its inverse, the error of
       :class:`~mfac_jax.TopKWindow`, counters.
 
-    Build the optimizer with the same ``window_axis``, and trace its ``init`` and
-    ``update`` inside ``jax.set_mesh(mesh)``.
+    Build the optimizer with ``window_axis=axis``, and trace its ``init`` and ``update``
+    inside ``jax.set_mesh(mesh)``.
 
     Args:
       opt: Any Optax optimizer, with or without M-FAC.
-      params_or_shapes: The parameters, or their :class:`jax.ShapeDtypeStruct`. Their
-        ``sharding`` counts where it is a :class:`jax.sharding.NamedSharding`; other
-        leaves are on every device.
-      mesh: The mesh, with automatic or explicit axes; to plan without devices a
-        :class:`jax.sharding.AbstractMesh`.
+      params_or_shapes: The parameters, or their :class:`jax.ShapeDtypeStruct`. A leaf
+        whose ``sharding`` is a :class:`jax.sharding.NamedSharding` keeps it; other
+        leaves are replicated.
+      mesh: The mesh, with automatic or explicit axes, or a
+        :class:`jax.sharding.AbstractMesh` to plan without devices.
       axis: The mesh axis over which windows are split, or a tuple of axes.
 
     Returns:
@@ -60,8 +61,8 @@ def state_shardings(
       ``opt.init(params)``.
 
     Raises:
-      ValueError: If ``mesh`` has no such axis, or ``num_grads`` is not a multiple of
-        its devices, or a parameter is split over an axis that ``mesh`` lacks.
+      ValueError: If ``mesh`` has no such axis, ``num_grads`` is not a multiple of its
+        size, or a parameter is split over an axis that ``mesh`` lacks.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -106,7 +107,7 @@ def state_shardings(
         return shardings._replace(window=window)
 
     with planning():
-        # A function of its own: JAX would take what it traces here for opt.init.
+        # JAX caches traces by function: without the lambda, opt.init would reuse this.
         state = jax.eval_shape(
             lambda params: opt.init(params), jax.tree.map(_shape_of, params_or_shapes)
         )
@@ -114,7 +115,7 @@ def state_shardings(
 
 
 def _sharding(mesh: Any, spec: PartitionSpec, x: Any) -> NamedSharding:
-    """Returns a sharding in the form that steps return: another would recompile."""
+    """Returns a sharding in the form that steps return, to avoid recompilation."""
     axes = [*spec, *[None] * (x.ndim - len(spec))]
     while axes and axes[-1] is None and AxisType.Explicit not in mesh.axis_types:
         axes.pop()
@@ -129,21 +130,21 @@ def _spec_of(name: str, leaf: Any, mesh: Any) -> PartitionSpec:
     axes = {axis for entry in sharding.spec for axis in names_of(entry)}
     if unknown := axes.difference(mesh.axis_names):
         raise ValueError(
-            f"{_checks.named(name)} is split over {min(unknown)!r}, which is no axis "
-            f"of the mesh, whose axes are {', '.join(map(repr, mesh.axis_names))}."
+            f"{_checks.named(name)} is split over {min(unknown)!r}, which is not an "
+            f"axis of the mesh; its axes are {', '.join(map(repr, mesh.axis_names))}."
         )
     return sharding.spec
 
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns a shape that no other mesh is part of."""
+    """Returns the shape and dtype of a leaf, without its sharding."""
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def _of_window(
     stored: Any, mesh: Any, axis: AxisName | None, of_leaf: tuple[Any, ...]
 ) -> Any:
-    """Returns the shardings of a window, and of what it holds next to gradients."""
+    """Returns the shardings of a window; fields without gradients are replicated."""
     trailing = trailing_axes(stored, of_leaf)
     specs = {
         name: PartitionSpec(axis, *trailing.get(name, []))

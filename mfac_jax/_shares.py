@@ -1,8 +1,8 @@
 """The share of the window that each device of a mesh axis holds.
 
 The rows of ``G`` are split over the devices in order. A device multiplies and writes
-its own rows. Between devices travel the products of the new Gram row, ``m`` elements,
-and the sum ``cᵀ G``, one gradient.
+its own rows. Devices exchange the products of the new Gram row (``m`` elements) and the
+sum ``cᵀ G`` (one gradient).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ AxisName = str | tuple[str, ...]
 
 _is_planning = contextvars.ContextVar("_is_planning", default=False)
 _NOT_GRADIENTS = (
-    "Name arrays that hold no gradients in the attribute not_gradients of their class."
+    "List arrays that hold no gradients in the class attribute not_gradients."
 )
 IN_SHARD_MAP = (
     "Inside jax.shard_map the optimizer needs window_axis, and its state the specs of "
@@ -32,13 +32,13 @@ IN_SHARD_MAP = (
 
 
 class Shares(NamedTuple):
-    """How the rows of ``G`` are split.
+    """The split of the rows of ``G`` over devices.
 
     Attributes:
       num_grads: The number of rows ``m``.
       num_rows: The number of rows of a device.
       axes: The mesh axes that ``window_axis`` names.
-      names: The same if they have several devices; none if every device has all rows.
+      names: The same axes, or none if every device holds all rows.
       is_mapped: Whether the caller is inside :func:`jax.shard_map` over these axes.
     """
 
@@ -49,7 +49,7 @@ class Shares(NamedTuple):
     is_mapped: bool
 
     def init(self, function: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-        """Returns the windows that ``function`` makes for a number of rows."""
+        """Returns the windows that ``function`` creates for a number of rows."""
 
         def make() -> dict[str, Any]:
             num_rows = self.num_rows if self.is_mapped else self.num_grads
@@ -62,7 +62,7 @@ class Shares(NamedTuple):
             return make()
         if self.is_mapped:
             return map_gradients(self._varying, make())
-        # Compiled: run op by op, every array would be on one device first.
+        # Op by op, every array would be on one device first.
         return jax.jit(lambda: map_gradients(self._split, make()))()
 
     def run(
@@ -72,11 +72,11 @@ class Shares(NamedTuple):
         *args: Any,
         writes: bool = False,
     ) -> Any:
-        """Calls ``function(windows, *args)`` on every device with its rows.
+        """Calls ``function(windows, *args)`` on every device with the device's rows.
 
         Args:
-          function: Returns windows if it ``writes``, otherwise arrays that are the same
-            on every device.
+          function: Returns windows if ``writes``, otherwise arrays that are the same on
+            every device.
           windows: A tree of windows.
           *args: Trees of arrays, passed to every device in full.
           writes: Whether the function returns windows.
@@ -99,7 +99,7 @@ class Shares(NamedTuple):
         )(windows, *args)
 
     def gather(self, products: jax.Array) -> jax.Array:
-        """Returns the products of all rows from those of each device's rows."""
+        """Returns the products of all rows, given the products of a device's rows."""
         if not self.names:
             return products
         others = self._varying(jnp.zeros(self.num_grads, products.dtype))
@@ -124,7 +124,7 @@ class Shares(NamedTuple):
         return lax.psum(x, self.names) if self.names else x
 
     def position(self, index: jax.Array) -> jax.Array:
-        """Returns the position of a row among a device's; ``num_rows`` if not there."""
+        """Returns the position of a row on a device; ``num_rows`` if not there."""
         if not self.names:
             return index
         position = index - self._first()
@@ -132,7 +132,7 @@ class Shares(NamedTuple):
         return jnp.where(is_there, position, self.num_rows)
 
     def in_full(self, leaf: Any) -> Any:
-        """Returns a leaf, or its shape, that no axis of the window splits.
+        """Returns a leaf, or its shape, gathered over the axes of the window.
 
         :func:`jax.shard_map` gathers leaves itself, except over explicit axes.
         """
@@ -145,14 +145,14 @@ class Shares(NamedTuple):
         return jax.sharding.reshard(leaf, spec)
 
     def as_gradient(self, update: jax.Array, grad: jax.Array) -> jax.Array:
-        """Returns an update that explicit axes split as its gradient."""
+        """Returns an update, sharded like its gradient over explicit axes."""
         spec = jax.typeof(grad).sharding.spec
         if self.is_mapped or spec == jax.typeof(update).sharding.spec:
             return update
         return jax.sharding.reshard(update, spec)
 
     def check(self, windows: Any, remedy: str) -> None:
-        """Raises a ValueError unless all windows have the rows of this device."""
+        """Raises a ValueError unless all windows hold the rows of this device."""
         expected = self.num_rows if self.is_mapped else self.num_grads
         for path, stored in windows.items() if isinstance(windows, Mapping) else ():
             for name in gradient_fields(stored):
@@ -183,7 +183,7 @@ class Shares(NamedTuple):
 
 @contextlib.contextmanager
 def planning() -> Iterator[None]:
-    """Makes windows count as unsplit, for shapes that are the same without a mesh."""
+    """Treats windows as unsplit, to trace shapes without a mesh."""
     token = _is_planning.set(True)
     try:
         yield
@@ -192,7 +192,7 @@ def planning() -> Iterator[None]:
 
 
 def shares_of(num_grads: int, axis: AxisName | None) -> Shares:
-    """Returns the shares over a mesh axis of the context; one device has one share.
+    """Returns the shares over an axis of the mesh in context; ``None`` is one share.
 
     Raises:
       ValueError: If the mesh has no such axis, or the axis does not divide the window.
@@ -208,7 +208,7 @@ def shares_of(num_grads: int, axis: AxisName | None) -> Shares:
     if mapped and len(mapped) < len(names):
         raise ValueError(
             f"window_axis {axis!r}: jax.shard_map must map all of these axes or none, "
-            f"it maps {mapped}."
+            f"but it maps {mapped}."
         )
     if not mapped and len(_types_of(mesh, names)) > 1:
         raise ValueError(
@@ -223,7 +223,7 @@ def _types_of(mesh: Any, names: tuple[str, ...]) -> set[AxisType]:
 
 
 def check_axis(mesh: Any, axis: AxisName | None, argument: str) -> None:
-    """Raises a ValueError unless a mesh has an axis."""
+    """Raises a ValueError unless the mesh has the axis."""
     for name in names_of(axis):
         if mesh.empty:
             raise ValueError(
@@ -233,7 +233,7 @@ def check_axis(mesh: Any, axis: AxisName | None, argument: str) -> None:
         if name not in mesh.axis_names:
             known = ", ".join(map(repr, mesh.axis_names))
             raise ValueError(
-                f"{argument} {name!r} is no axis of the mesh, whose axes are {known}."
+                f"{argument} {name!r} is not an axis of the mesh; its axes are {known}."
             )
 
 
@@ -241,7 +241,7 @@ def rows_per_device(num_grads: int, mesh: Any, axis: AxisName | None) -> int:
     """Returns the number of gradients on each device of an axis.
 
     Raises:
-      ValueError: With the nearest numbers that the axis divides.
+      ValueError: With the nearest multiples of the size of the axis.
     """
     size = math.prod(mesh.shape[name] for name in names_of(axis))
     if num_grads % size:

@@ -1,4 +1,4 @@
-r"""The damped Gram system of M-FAC, solved to the accuracy that its dtype holds.
+r"""Solves the damped Gram system of M-FAC to the accuracy of its dtype.
 
 With the window's gradients as the rows of :math:`G`, the Gram matrix
 :math:`K = G G^T` and :math:`A = m \lambda I + K`, the inverse of the damped empirical
@@ -11,7 +11,7 @@ Fisher :math:`F = \lambda I + G^T G / m` is
 
 Relation to the paper (Frantar et al., 2021, the dynamic algorithm)
 -------------------------------------------------------------------
-The inverse-product recursion there applies one rank-one update of the Fisher
+The paper's inverse-product recursion applies one rank-one update of the Fisher
 after another,
 
 .. math::
@@ -30,15 +30,15 @@ and stores two triangular tables:
 
 Since :math:`K / \lambda + m I = A / \lambda` is symmetric, :math:`L U` is its Cholesky
 factorization with the square roots of the pivots moved, and one factorization of
-:math:`A` followed by two triangular solves is the whole recursion, without its
+:math:`A` followed by two triangular solves replaces the recursion, without its
 :math:`1 / \lambda`. :math:`K` does not contain :math:`\lambda`, which may therefore
 change at every step.
 
 From one step to the next
 -------------------------
-A step replaces row and column :math:`i` of :math:`A` alone, so :math:`A^{-1}` follows
-from the one before in :math:`O(m^2)`. With :math:`p` its column :math:`i`, :math:`k`
-the new column of :math:`K` without its entry :math:`i`, and
+A step replaces only row and column :math:`i` of :math:`A`, so :math:`A^{-1}` follows
+from the previous inverse in :math:`O(m^2)`. With :math:`p` the previous column
+:math:`i`, :math:`k` the new column of :math:`K` without its entry :math:`i`, and
 
 .. math::
     Q = A^{-1} - \frac{p p^T}{p_i} \quad (\text{row and column } i \text{ are zero}),
@@ -49,23 +49,23 @@ the new column of :math:`K` without its entry :math:`i`, and
 
 :math:`c` is the solution that the direction needs. It is refined against the exact
 :math:`K` before it enters the inverse, and has to pass a test: its residual must be
-below the rounding of :math:`K`. It fails once the inverse has accumulated errors (the
-sooner, the worse :math:`A` is conditioned) or :math:`\lambda` has changed; then
+below the rounding of :math:`K`. The test fails once the inverse has accumulated errors
+(the sooner, the worse :math:`A` is conditioned) or :math:`\lambda` has changed; then
 :math:`A` is factorized and inverted from scratch.
 
 When the dtype cannot resolve the damping
 -----------------------------------------
 :math:`K` is known to about :math:`\epsilon \max_j K_{jj}`. Where gradients are
 nearly parallel and :math:`m \lambda` is below that, the factorization breaks down or is
-finite and wrong, so every solution has to pass :func:`_is_resolved`; while it does
-not, the system is solved again with more damping.
+finite and wrong. Every solution therefore has to pass :func:`_is_resolved`; until one
+does, the system is solved again with more damping.
 
 On the CPU
 ----------
-LAPACK there is OpenBLAS, whose threads wait for one another on a busy machine: a
-triangular solve with a matrix on the right at any size, a Cholesky factorization from
-about 100 rows. With 32 gradients on two busy cores that takes 8 to 30 ms for 0.01 ms of
-work. :func:`_inverse_factor_by_halves` leaves LAPACK only blocks that it computes in
+LAPACK is OpenBLAS on the CPU, whose threads wait for one another on a busy machine: in
+a triangular solve with a matrix on the right at any size, in a Cholesky factorization
+from about 100 rows. With 32 gradients on two busy cores, 0.01 ms of work takes 8 to
+30 ms. :func:`_inverse_factor_by_halves` leaves LAPACK only blocks that it computes in
 one thread.
 """
 
@@ -77,14 +77,14 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 from jax import lax
 
-# Largest relative error of a direction that passes for resolved.
+# Largest relative error of a direction that counts as resolved.
 _TOLERANCE = 0.01
 # Refinements of a solution from the previous inverse. One is enough for most windows.
 _REFINEMENTS = 2
-# Factors of four: enough to cross the whole range of float32, so that the loop ends
-# even on a damping that no solve can pass.
+# Factors of four: enough to cross the range of float32, so that the loop ends even if
+# no damping can be resolved.
 _MAX_RAISES = 64
-# Rows up to which LAPACK factorizes on the CPU, in one thread.
+# Largest block that LAPACK factorizes on the CPU, in one thread.
 _BLOCK = 32
 
 
@@ -94,8 +94,8 @@ class Solution(NamedTuple):
     Attributes:
       coefficients: ``c`` with ``(m λ I + K) c = e``, shape ``(m,)``.
       inverse: ``(m λ I + K)⁻¹``, shape ``(m, m)``.
-      damp: the damping ``λ`` of that system, shape ``()``.
-      raised: whether ``λ`` is above the one asked for, shape ``()``, boolean.
+      damp: The damping ``λ`` of that system, shape ``()``.
+      raised: Whether ``λ`` is above the requested one, shape ``()``, boolean.
     """
 
     coefficients: jax.Array
@@ -119,24 +119,24 @@ def solve_for_row(
     """Solves ``(m λ I + K) c = e`` for the least damping that can be resolved.
 
     Args:
-      gram: the Gram matrix ``K``, shape ``(m, m)``; its dtype is that of the solve.
-      inverse: the inverse of the step before, whose matrix differs from the new one in
-        one row and column. The inverse of another matrix costs a factorization, not
+      gram: The Gram matrix ``K``, shape ``(m, m)``; the solve uses its dtype.
+      inverse: The inverse of the previous step, whose matrix differs from the new one
+        in one row and column. The inverse of another matrix costs a factorization, not
         accuracy.
-      index: the row of the window that is new and preconditioned, int32 scalar.
-      damp: the requested damping ``λ``, a scalar of ``gram``'s dtype.
-      weights: the right-hand side ``e``, shape ``(m,)``; ``None`` is ``e_index``. The
-        damping is resolved for ``e_index``, whatever the weights.
+      index: The row of the window that is new and preconditioned, int32 scalar.
+      damp: The requested damping ``λ``, a scalar of ``gram``'s dtype.
+      weights: The right-hand side ``e``, shape ``(m,)``; ``None`` is ``e_index``. The
+        damping is resolved for ``e_index``, regardless of the weights.
 
     Returns:
-      The coefficients, always finite, with the damping that was used: ``damp``
-      itself wherever the dtype resolves it.
+      The coefficients, always finite, and the damping used: ``damp`` itself wherever
+      the dtype resolves it.
     """
     num_grads, eps = gram.shape[0], jnp.finfo(gram.dtype).eps
     unit = jax.nn.one_hot(index, num_grads, dtype=gram.dtype)
     largest = jnp.max(jnp.diagonal(gram))
     # A damping that is not positive makes F singular: the smallest normal number
-    # replaces it, and is what the state reports.
+    # replaces it and is reported in the state.
     damp = jnp.where(damp > 0, damp, jnp.finfo(gram.dtype).tiny).astype(gram.dtype)
 
     def attempt(state):
@@ -147,7 +147,7 @@ def solve_for_row(
         return attempts + 1, damp, coefficients, half, resolved
 
     def rounding(solution, largest):
-        # The Gram matrix itself is not known better than this.
+        # The Gram matrix itself is only this accurate.
         return eps * largest * jnp.sum(jnp.abs(solution))
 
     coefficients, residual = _solve_from_previous(gram, inverse, index, damp, unit)
@@ -160,7 +160,7 @@ def solve_for_row(
     if weights is None:
         solution = coefficients
     else:
-        # An inverse of another damping can solve for one row and for no other.
+        # The inverse of another damping can be accurate for e_index alone.
         solution, residual = _refined(
             lambda x: _product(updated, x), gram, damp, weights
         )
@@ -168,7 +168,7 @@ def solve_for_row(
         is_accurate &= jnp.max(jnp.abs(residual)) <= rounding(solution, shifted)
 
     def update():
-        # False, of the type that shard_map wants of both branches.
+        # False here, with the type that shard_map requires of both branches.
         return Solution(solution, updated, damp, ~is_accurate)
 
     def factorize():
@@ -195,7 +195,7 @@ def _solve_from_previous(
     damp: jax.Array,
     unit: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Solves for row ``index`` by the previous inverse; also returns the residual."""
+    """Solves for row ``index`` with the previous inverse; also returns the residual."""
     shift = gram.shape[0] * damp
     pivot_row = _normalized_row(inverse, index)
 
@@ -243,9 +243,9 @@ def damped_solve(gram: jax.Array, damp: jax.Array, rhs: jax.Array) -> jax.Array:
     """Solves ``(m λ I + K) c = rhs`` at exactly this damping.
 
     Args:
-      gram: the Gram matrix ``K``, shape ``(m, m)``.
-      damp: the damping ``λ``, a scalar of ``gram``'s dtype.
-      rhs: the right-hand side, shape ``(m,)``.
+      gram: The Gram matrix ``K``, shape ``(m, m)``.
+      damp: The damping ``λ``, a scalar of ``gram``'s dtype.
+      rhs: The right-hand side, shape ``(m,)``.
 
     Returns:
       ``c``, shape ``(m,)``; NaN where the dtype cannot factorize the matrix.
@@ -256,9 +256,9 @@ def damped_solve(gram: jax.Array, damp: jax.Array, rhs: jax.Array) -> jax.Array:
 def _refined_solve(
     gram: jax.Array, damp: jax.Array, rhs: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One factorization, one step of refinement.
+    """Solves by one factorization and one step of refinement.
 
-    Returns solution, residual and the inverse of the Cholesky factor.
+    Returns the solution, the residual and the inverse of the Cholesky factor.
     """
     half = _inverse_factor(gram, damp)
     solution, residual = _refined(_by_factor(half), gram, damp, rhs)
@@ -266,7 +266,7 @@ def _refined_solve(
 
 
 def _by_factor(half: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Returns the product with the inverse whose Cholesky factor is ``half``."""
+    """Returns the function ``x -> halfᵀ half x``, the product with the inverse."""
     return lambda x: _product(half.T, _product(half, x))
 
 
@@ -276,7 +276,7 @@ def _refined(
     damp: jax.Array,
     rhs: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Solves by an approximate inverse, refines once; also returns the residual."""
+    """Solves with an approximate inverse and refines; also returns the residual."""
     shift = gram.shape[0] * damp
 
     def residual(solution):
@@ -330,11 +330,11 @@ def _inverse_triangular(factor: jax.Array) -> jax.Array:
 def _is_resolved(
     gram: jax.Array, index: jax.Array, coefficients: jax.Array, residual: jax.Array
 ) -> jax.Array:
-    """Whether the direction of these coefficients is right to ``_TOLERANCE``.
+    """Returns whether the direction of these coefficients is right to ``_TOLERANCE``.
 
-    Two ways to be wrong, each bounded from vectors of length ``m`` alone: the system
-    (its residual, and the rounding of ``K`` times the size of ``c``), and the sum
-    ``Gᵀ c``, whose terms must not cancel to less than the rounding of the largest.
+    Bounds two errors from vectors of length ``m`` alone: the error of the system (its
+    residual, and the rounding of ``K`` times the size of ``c``), and the error of the
+    sum ``Gᵀ c``, whose terms must not cancel to less than the rounding of the largest.
     ``K_i · c`` is ``g_i · F⁻¹ g_i / m``, so it bounds the direction from below.
     A comparison with NaN is false, so nothing that is not finite passes.
     """

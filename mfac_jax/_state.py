@@ -1,4 +1,4 @@
-"""The state of M-FAC: its fields, where it is found, and what fits it."""
+"""The state of M-FAC: its fields, lookup in a tree, and validation."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,18 +14,27 @@ class ScaleByMFACState(NamedTuple):
     """State of :func:`~mfac_jax.scale_by_mfac`.
 
     Attributes:
-      count: Updates so far, rejected ones included; schedules of ``damp`` see it.
-      index: Position in the window of the next gradient, ``0 … m - 1``.
-      gram: Gram matrix ``K = G Gᵀ`` of the stored gradients.
-      inverse: ``(m λ I + K)⁻¹``, from which the next solve follows.
+      count: Updates so far, including rejected ones; schedules of ``damp`` see it.
+      index: Position of the next gradient in the window, ``0 … m - 1``.
+      gram: Gram matrix ``K = G Gᵀ`` of the stored gradients, shape ``(m, m)``, float32
+        or float64.
+      inverse: ``(m λ I + K)⁻¹``, which the next solve updates, shape ``(m, m)``.
       window: The last ``m`` gradients, the rows of ``G``: a dictionary from the path of
-        a parameter to its stored gradients, a named tuple of arrays such as
-        ``window['encoder/kernel'].values``. For a tree without leaves an array.
-      damp: Damping ``λ`` that the last solve used. It is the requested one unless the
-        dtype of ``gram`` could not resolve it.
+        each parameter to a named tuple of arrays, such as
+        ``window['encoder/kernel'].values``. An array if the tree has no leaves.
+      damp: Damping ``λ`` that the last solve used: the requested one unless the dtype
+        of ``gram`` could not resolve it.
       num_raised: Updates for which the damping had to be raised.
-      num_rejected: Gradients that were not finite and did not enter the window.
+      num_rejected: Gradients rejected because they were not finite.
       num_saturated: Updates with an element too large for the dtype of its leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> opt = mfac_jax.scale_by_mfac(num_grads=4)
+      >>> params = {'w': jnp.array([3.0, 4.0])}
+      >>> _, state = opt.update(params, opt.init(params))
+      >>> state.window['w'].values.shape, state.gram[0].tolist()
+      ((4, 2), [25.0, 0.0, 0.0, 0.0])
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32
@@ -40,14 +49,14 @@ class ScaleByMFACState(NamedTuple):
 
 
 def map_windows(function: Callable[..., Any], window: Any, *rest: Any) -> Any:
-    """Maps the windows of all leaves; the state of a tree without leaves has none."""
+    """Applies a function to the window of each leaf, if the tree has leaves."""
     if not isinstance(window, Mapping):
         return window
     return {path: function(w, *(r[path] for r in rest)) for path, w in window.items()}
 
 
 def map_gradients(function: Callable[[Any], Any], windows: Any) -> Any:
-    """Maps the arrays of a tree of windows that hold gradients, row by row."""
+    """Applies a function to every array of gradients in a tree of windows."""
 
     def of_window(stored: Any) -> Any:
         names = gradient_fields(stored)
@@ -61,7 +70,7 @@ def map_gradients(function: Callable[[Any], Any], windows: Any) -> Any:
 
 
 def gradient_fields(stored: Any) -> list[str]:
-    """Returns the fields of a window whose leading axis counts gradients."""
+    """Returns the names of the fields whose leading axis counts gradients."""
     others = getattr(stored, "not_gradients", ())
     return [
         name
@@ -71,7 +80,7 @@ def gradient_fields(stored: Any) -> list[str]:
 
 
 def find_states(tree: Any) -> dict[str, ScaleByMFACState]:
-    """Returns the states of M-FAC in a tree by their paths, as plain arrays.
+    """Returns the states of M-FAC in a tree by path, as named tuples of arrays.
 
     ``flax.nnx`` wraps every array of an optimizer state in a variable, and
     ``nnx.state`` turns named tuples into mappings; this function restores both.
@@ -87,10 +96,10 @@ def find_states(tree: Any) -> dict[str, ScaleByMFACState]:
 def match_windows(
     tree: Any, window: Any, noun: str = "gradient"
 ) -> dict[str, jax.Array]:
-    """Returns the leaves of a gradient or a vector by their paths.
+    """Validates a gradient or a vector and returns its leaves by path.
 
     Raises:
-      TypeError: If the paths are not those of the windows, or a leaf is not real.
+      TypeError: If the paths differ from the windows', or a leaf is not real.
       ValueError: If a leaf cannot be a gradient of its window's leaf.
     """
     leaves = named_leaves(tree)
@@ -98,8 +107,8 @@ def match_windows(
     missing, unknown = windows.keys() - leaves.keys(), leaves.keys() - windows.keys()
     if missing or unknown:
         raise TypeError(
-            f"the {noun}s must have the tree of the parameters that init was given: "
-            f"missing {sorted(missing) or 'nothing'}, "
+            f"the {noun}s must have the tree structure of the parameters passed to "
+            f"init: missing {sorted(missing) or 'nothing'}, "
             f"unknown {sorted(unknown) or 'nothing'}."
         )
     for path, leaf in leaves.items():
@@ -117,14 +126,14 @@ def match_windows(
         if expected is not None:
             raise ValueError(
                 f"the {noun} of {_checks.named(path)} must have the shape of the "
-                f"parameter that init was given: expected {expected}, got "
+                f"parameter passed to init: expected {expected}, got "
                 f"{jnp.shape(leaf)}."
             )
     return {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
 
 
 def check_not_emptied(state: ScaleByMFACState) -> None:
-    """Raises if :func:`drop_windows` has emptied a state."""
+    """Raises a ValueError if :func:`drop_windows` has emptied a state."""
     if state.gram is None:
         raise ValueError(
             "the state has no window: mfac_jax.drop_windows emptied it. Refill it with "
@@ -133,7 +142,7 @@ def check_not_emptied(state: ScaleByMFACState) -> None:
 
 
 def check_state(state: ScaleByMFACState, num_grads: int) -> None:
-    """Raises unless a state has a window of ``num_grads`` gradients."""
+    """Raises a ValueError unless a state holds ``num_grads`` gradients."""
     check_not_emptied(state)
     if len(state.gram) != num_grads:
         raise ValueError(
@@ -144,10 +153,11 @@ def check_state(state: ScaleByMFACState, num_grads: int) -> None:
 
 
 def check_kind(path: str, stored: Any) -> None:
-    """Raises unless a window is a NamedTuple with field names of its own.
+    """Validates the type of a window and the names of its fields.
 
     Raises:
-      TypeError: If it is not, or a counter has the name of one of the state.
+      TypeError: If it is not a NamedTuple, a counter has the name of a field of the
+        state, or its fields are the same as a built-in kind's.
     """
     name, fields = type(stored).__name__, getattr(stored, "_fields", None)
     if fields is None:
@@ -160,13 +170,14 @@ def check_kind(path: str, stored: Any) -> None:
     if taken:
         raise TypeError(
             f"{name} has the field {min(taken)}, a name that mfac_jax.diagnostics "
-            "reports of the state. Rename it."
+            "uses for the state. Rename it."
         )
     kind = _KINDS.get(frozenset(fields), type(stored))
     if kind is not type(stored):
         raise TypeError(
             f"{name} has the fields of mfac_jax.windows.{kind.__name__}, "
-            f"{', '.join(fields)}, by which nnx.state(optimizer) is read. Rename one."
+            f"{', '.join(fields)}; windows in nnx.state(optimizer) are identified by "
+            "their fields. Rename one."
         )
 
 
@@ -183,7 +194,7 @@ def is_state(node: Any) -> bool:
     return isinstance(node, ScaleByMFACState)
 
 
-# The kinds of this package by their fields, for mappings that have lost the class.
+# Built-in kinds by their fields, to restore windows that nnx.state made mappings.
 _KINDS = {
     frozenset(kind._fields): kind
     for kind in (

@@ -1,4 +1,4 @@
-"""One step of M-FAC: a gradient enters the window, and a direction is solved for."""
+"""One step of M-FAC: writes a gradient into the window and solves for a direction."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ class System(NamedTuple):
 
     Attributes:
       damp: The damping ``λ``, a scalar of the Gram matrix's dtype.
-      weights: The right-hand side ``e``, shape ``(m,)``: which combination of the
-        stored gradients is preconditioned. ``None`` is the newest alone.
+      weights: The right-hand side ``e``, shape ``(m,)``: the combination of stored
+        gradients to precondition. ``None`` selects the newest.
       scale_of: Returns the factor ``s`` for the ``λ`` that the solve used.
     """
 
@@ -44,8 +44,8 @@ def init_state(
 ) -> ScaleByMFACState:
     """Returns a state with an empty window, split over a mesh axis.
 
-    ``damp_at`` returns the damping of an update count in a dtype; ``decays`` are the
-    rates of coupled weight decay by path.
+    ``damp_at(count, dtype)`` returns the damping; ``decays`` are the rates of coupled
+    weight decay by path.
     """
     shares = shares_of(num_grads, axis)
     leaves = {path: shares.in_full(x) for path, x in _parameters(params).items()}
@@ -72,9 +72,9 @@ def init_state(
         inverse=_solve.initial_inverse(num_grads, initial_damp),
         # optax.tree.map_params calls init with a tree without leaves to learn which
         # parts of a state are shaped like the parameters. No window is; a single
-        # array in the place of all tells it so.
+        # array in place of the dictionary signals that.
         window=windows or jnp.zeros(()),
-        # A copy: a donated step would delete an array of the caller.
+        # A copy: a donated step would delete the caller's array.
         damp=jnp.array(initial_damp, copy=True),
         num_raised=jnp.zeros((), jnp.int32),
         num_rejected=jnp.zeros((), jnp.int32),
@@ -94,8 +94,8 @@ def precondition(
 
     Args:
       updates: The gradient.
-      state: The state before it.
-      num_grads: The number of gradients ``m`` that the state must have.
+      state: The state before the step.
+      num_grads: The number of gradients ``m`` that the state must hold.
       system_of: Returns the system for the new Gram matrix.
       axis: The mesh axis over which the windows are split, or ``None``.
       roots: ``D^-½`` for a diagonal metric ``D``, an array by path, float32 at least:
@@ -111,7 +111,7 @@ def precondition(
     dtype, index = state.gram.dtype, state.index
     treedef = jax.tree.structure(updates)
     leaves = match_windows(updates, state.window)
-    # An empty leaf has nothing to store, and jaxlib 0.11 crashes on one that is split.
+    # Empty leaves have nothing to store, and jaxlib 0.11 crashes if one is split.
     paths = [path for path, leaf in leaves.items() if leaf.size]
     factors = None if roots is None else [roots[path] for path in paths]
     grads, stored = [leaves[p] for p in paths], [state.window[p] for p in paths]
@@ -177,9 +177,9 @@ def precondition(
 
 
 def _on_mesh(state: ScaleByMFACState) -> ScaleByMFACState:
-    """Places arrays that were made before an explicit mesh was set, as JAX would not.
+    """Reshards arrays that were created before an explicit mesh was set.
 
-    A slice update takes no array without a mesh next to one with it.
+    JAX rejects a slice update that mixes arrays with and without a mesh.
     """
     if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
         return state
@@ -205,7 +205,7 @@ def _scaled(
 
 
 def _parameters(params: Any) -> dict[str, Any]:
-    """Returns the leaves to optimize by their paths, Python floats as arrays."""
+    """Validates parameters and returns them by path, Python floats as arrays."""
     leaves = named_leaves(params)
     for path, leaf in leaves.items():
         _checks.check_parameter(path, leaf)
@@ -226,9 +226,9 @@ def _with_row(gram: jax.Array, index: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _saturating_cast(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Casts to ``dtype``; values too large for a narrower one become its largest.
+    """Casts to ``dtype`` and clips values that are too large for it.
 
-    Also returns whether there were any.
+    Also returns whether any value was clipped.
     """
     if jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
         return x.astype(dtype), jnp.zeros((), bool)

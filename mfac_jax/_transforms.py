@@ -1,4 +1,4 @@
-"""The transformations around M-FAC in the chain of its alias."""
+"""Transformations chained around M-FAC: averaged steps, weight decay, dtypes."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,10 @@ class _AverageStepsState(NamedTuple):
 
 
 def average_steps(momentum: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """``v ← β v + (1 − β) s``; :func:`optax.ema` takes no schedule for ``β``."""
+    """Averages steps: ``v ← β v + (1 − β) s``.
+
+    :func:`optax.ema` takes no schedule for ``β``.
+    """
 
     def init_fn(params):
         return _AverageStepsState(
@@ -45,7 +48,7 @@ def average_steps(momentum: optax.ScalarOrSchedule) -> optax.GradientTransformat
 def add_decay(
     weight_decay: optax.ScalarOrSchedule, mask: Any
 ) -> optax.GradientTransformation:
-    """Adds the decay of weights, for which the number 0 needs no parameters."""
+    """Adds ``weight_decay · params``; the number 0 needs no parameters."""
     inner = keep_dtypes(optax.add_decayed_weights(weight_decay, mask))
 
     def update_fn(updates, state, params=None):
@@ -59,7 +62,10 @@ def add_decay(
 def keep_dtypes(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Casts updates back: a traced float32 factor would widen bfloat16 leaves."""
+    """Casts the updates of ``inner`` back to the dtypes of its inputs.
+
+    A traced float32 factor would widen bfloat16 leaves.
+    """
 
     def update_fn(updates, state, params=None):
         new_updates, state = inner.update(updates, state, params)
@@ -72,5 +78,5 @@ def keep_dtypes(
 
 
 def value_at(value: optax.ScalarOrSchedule, count: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a hyper-parameter, or the value of its schedule at a count."""
+    """Returns a hyper-parameter, evaluated at ``count`` if it is a schedule."""
     return jnp.asarray(value(count) if callable(value) else value, dtype)

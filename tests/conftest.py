@@ -1,26 +1,25 @@
-"""Settings of every test: implicit rank promotion raises, eight CPU devices."""
+"""Settings of all tests: eight CPU devices, implicit rank promotion raises."""
 
 import os
 import tempfile
 
 from compiled import XLA_FLAGS
 
-# Parallel test processes that each start a BLAS thread per core wait for one another:
-# a test of 9 seconds then takes minutes. OpenBLAS reads this when SciPy loads it.
+# With a BLAS thread per core in every test process, the processes wait for each other:
+# a test of 9 seconds takes minutes. OpenBLAS reads this when SciPy loads it.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Half of the suite's time would be the compilation of programs that another test, or
-# another process, has compiled before. One cache, of this run alone: what pytest starts
-# inherits it, and it goes with the process that made it.
+# Half of the suite's time would go to recompiling programs that another test or process
+# has compiled. All processes of a run share one cache, which the first one deletes.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _caches = tempfile.TemporaryDirectory(prefix="mfac_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_caches.name}/jax"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["HF_DATASETS_CACHE"] = f"{_caches.name}/datasets"
     flags = [*os.environ.get("XLA_FLAGS", "").split(), *XLA_FLAGS]
-    if flags:  # XLA takes what begins with no dash for the name of a file.
+    if flags:  # XLA reads a value without a leading dash as a file name.
         os.environ["XLA_FLAGS"] = " ".join(flags)
-# Programs for one device are other entries of the cache.
+# Also for subprocesses: programs for one device would be other cache entries.
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
 import jax
@@ -36,9 +35,9 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Compiles with few optimizations, which takes most of the time of short runs."""
+    """Disables most of XLA's optimizations: compilation dominates short runs."""
     jax.config.update("jax_disable_most_optimizations", True)
-    # Processes that a test starts inherit this.
+    # Subprocesses inherit this.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
     del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]

@@ -1,4 +1,4 @@
-"""A kind of window defined outside the package, as a user would write one."""
+"""A custom window, defined outside the package as a user would."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mfac_jax import windows
 
-_LARGEST = 448.0  # Of float8_e4m3fn.
+_LARGEST = 448.0  # The largest float8_e4m3fn value.
 
 
 @dataclasses.dataclass(frozen=True)

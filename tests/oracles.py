@@ -1,21 +1,21 @@
-"""The mathematics of M-FAC written plainly in float64 NumPy."""
+"""Plain float64 NumPy implementations of M-FAC."""
 
 import numpy as np
 
 
 def dense_inverse_product(window, vector, damp):
-    """``F⁻¹ x`` with the Fisher formed and inverted; ``window`` has shape (m, d)."""
+    """Returns ``F⁻¹ x`` by the explicit Fisher; ``window`` has shape (m, d)."""
     window = np.asarray(window, np.float64)
     fisher = damp * np.eye(window.shape[1]) + window.T @ window / len(window)
     return np.linalg.solve(fisher, np.asarray(vector, np.float64))
 
 
 def newest_directions(gradients, num_grads, damp, start=0):
-    """Yields ``F⁻¹ g`` of each gradient from ``start`` on, by the Gram matrix."""
+    """Yields ``F⁻¹ g`` for each gradient from ``start`` on, by the Gram matrix."""
     gradients = np.asarray(gradients, np.float64)
     gram = gradients @ gradients.T
     for t in range(start, len(gradients)):
-        # In any order; rows not yet written add nothing.
+        # The order does not matter, and unwritten rows add nothing.
         window = slice(max(0, t + 1 - num_grads), t + 1)
         system = gram[window, window] + num_grads * damp * np.eye(len(gram[window]))
         newest = np.eye(len(system))[-1]
@@ -23,7 +23,7 @@ def newest_directions(gradients, num_grads, damp, start=0):
 
 
 def recursive_inverse_product(window, vector, damp):
-    """``F⁻¹ x`` by the paper's dynamic algorithm: its tables D and B, its pivots."""
+    """Returns ``F⁻¹ x`` by the paper's dynamic algorithm and its tables D and B."""
     window = np.asarray(window, np.float64)
     m = len(window)
     gram = window @ window.T
@@ -44,7 +44,7 @@ def recursive_inverse_product(window, vector, damp):
 
 
 def ring_windows(gradients, num_grads):
-    """Yields, for every step, the window as written and the row of the newest."""
+    """Yields the window after each write and the row of the newest gradient."""
     window = np.zeros((num_grads, gradients.shape[1]))
     for step, gradient in enumerate(gradients):
         window[step % num_grads] = gradient
@@ -52,7 +52,7 @@ def ring_windows(gradients, num_grads):
 
 
 def in_adams_metric(gradients, b2, eps):
-    """Yields ``D^-½ g`` and ``D^-½`` of each gradient, ``D = √ν̂ + ε``."""
+    """Yields ``D^-½ g`` and ``D^-½`` for each gradient, with ``D = √ν̂ + ε``."""
     average = 0.0
     for step, gradient in enumerate(np.asarray(gradients, np.float64), start=1):
         average = b2 * average + (1 - b2) * gradient**2
@@ -61,9 +61,9 @@ def in_adams_metric(gradients, b2, eps):
 
 
 def adam_mfac_update(rows, root, b1, shift):
-    """The update from the stored rows, oldest first, with the matrix formed.
+    """Returns the update from the stored rows, oldest first, by the explicit matrix.
 
-    ``shift`` is ``ρ κ``, which the Fisher matrix has on its diagonal.
+    ``shift`` is ``ρ κ``, which is added to the diagonal of the Fisher matrix.
     """
     rows = np.asarray(rows, np.float64)
     weights = b1 ** np.arange(len(rows) - 1, -1, -1.0)

@@ -1,4 +1,4 @@
-"""M-FAC in Adam's metric against float64 NumPy, and in the hands of a user."""
+"""Tests M-FAC in Adam's metric against float64 NumPy and in typical use."""
 
 import chex
 import jax
@@ -25,7 +25,7 @@ def make(num_grads, damp=0.3, **arguments):
 
 
 def run_states(opt, params, gradients):
-    """Returns the updates and the states of every step."""
+    """Returns the updates and the states of all steps."""
     state, update, updates, states = opt.init(params), jax.jit(opt.update), [], []
     for gradient in gradients:
         step, state = update(gradient, state)
@@ -40,9 +40,9 @@ def assert_close(update, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("num_grads", [1, 4, 6])
-def test_every_update_is_that_of_the_dense_matrix(num_grads):
+def test_every_update_matches_the_dense_matrix(num_grads):
     damp = 0.3
-    # Of changing size, so that the damping has to follow.
+    # The gradients grow, so that the damping has to follow.
     gradients = [
         jax.tree.map(lambda x, t=t: x * 1.3**t, gradient)
         for t, gradient in enumerate(gradients_like(PARAMS, 2 * num_grads + 3))
@@ -60,12 +60,12 @@ def test_every_update_is_that_of_the_dense_matrix(num_grads):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_update_is_that_of_the_rows_as_stored(kind):
+def test_every_update_matches_the_stored_rows(kind):
     num_grads = 6
     gradients = list(gradients_like(TABLES, 2 * num_grads + 3))
     opt = make(num_grads, window=KINDS[kind])
     updates, states = run_states(opt, TABLES, gradients)
-    # What the windows get, by the names of the leaves.
+    # The scaled gradients that the window of each leaf receives.
     scaled, roots = {}, {}
     for name in TABLES:
         leaf = [np.asarray(g[name]).ravel() for g in gradients]
@@ -80,7 +80,7 @@ def test_the_update_is_that_of_the_rows_as_stored(kind):
         ]
         root = flat({name: roots[name][t] for name in TABLES})
         shift = num_grads * float(state.mfac.damp)
-        # A value may be rounded to its neighbor, or not be among the largest.
+        # A value may round to its neighbor or miss the top k.
         assert_close(update, oracles.adam_mfac_update(rows, root, B1, shift), 2e-3)
 
 
@@ -103,7 +103,7 @@ def test_the_scale_of_the_loss_does_not_matter():
             assert_close(update, flat(other), 1e-4)
 
 
-def test_a_repeated_gradient_gets_the_step_that_the_docstring_says():
+def test_a_repeated_gradient_gets_the_documented_step():
     gradient, damp = {"w": jnp.array([3.0, -4.0])}, 0.5
     updates, _ = run(make(4, damp, eps=1e-30), gradient, [gradient] * 6)
     for t, update in enumerate(updates):
@@ -162,7 +162,7 @@ def test_extreme_finite_gradients_give_finite_updates(scale):
     assert state.mfac.num_rejected == 0
 
 
-def test_rows_that_no_batch_touches_stay():
+def test_rows_that_no_batch_touches_are_not_updated():
     table = jnp.zeros((30, 4))
     gradients = [table.at[jnp.array([t, t + 1])].set(1.0 + t) for t in range(6)]
     updates, state = run(make(4, window=mfac_jax.RowSparseWindow(2)), table, gradients)
@@ -205,7 +205,7 @@ def test_injected_values_and_tracers_agree():
         np.testing.assert_allclose(flat(update), flat(other), rtol=2e-5)
 
 
-def test_momentum_starts_again_when_a_window_is_refilled():
+def test_momentum_restarts_when_a_window_is_refilled():
     gradients = list(gradients_like(PARAMS, 8))
     opt = make(4)
     _, state = run(opt, PARAMS, gradients[:5])

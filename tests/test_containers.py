@@ -1,6 +1,6 @@
-"""Every window kind in everything that holds, maps or saves an optimizer state.
+"""Tests every window kind in all that holds, maps or saves an optimizer state.
 
-Three updates each, against the same updates in a plain jitted loop.
+Each test compares three updates with a plain jitted loop.
 """
 
 import functools
@@ -32,7 +32,7 @@ KINDS = {
     "topk": mfac_jax.TopKWindow(0.5),
     "float8": Float8Window(),
 }
-# M-FAC with each kind, and in Adam's metric with one.
+# mfac with every kind, adam_mfac with one.
 OPTIMIZERS = {
     kind: (
         mfac_jax.mfac,
@@ -102,7 +102,7 @@ def plain_run(kind):
     return jax.device_get(params), jax.device_get(state)
 
 
-# What follows trains in one way each, and returns the parameters.
+# Each function below trains in one container and returns the parameters.
 
 
 class Model(nnx.Module):
@@ -181,7 +181,7 @@ class Net(eqx.Module):
     embedding: jax.Array
     kernel: jax.Array
     bias: jax.Array
-    activation: Callable = jax.nn.relu  # Leaves that are no arrays.
+    activation: Callable = jax.nn.relu  # Non-array leaves.
     depth: int = 2
     name: str = "net"
 
@@ -218,7 +218,7 @@ def optax_tree(kind):
         optax.tree.get(state, "ScaleByMFACState"), mfac_jax.ScaleByMFACState
     )
     state = optax.tree.set(state, damp=optax.tree.get(state, "damp"))
-    # One part is shaped like the parameters: the average of the steps, or of squares.
+    # One subtree is shaped like the parameters: `average` or `nu`.
     seen = []
     state = optax.tree.map_params(
         opt,
@@ -251,14 +251,14 @@ CONTAINERS = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_three_updates_are_those_of_a_plain_loop(container, kind):
+def test_three_updates_match_a_plain_loop(container, kind):
     params = CONTAINERS[container](kind)
     expected, _ = plain_run(kind)
     for name, value in expected.items():
         assert np.linalg.norm(params[name] - value) <= 1e-6 * np.linalg.norm(value)
 
 
-# What follows saves a state and returns it restored.
+# Each function below saves a state and returns the restored one.
 
 
 def orbax(state, like, path):
@@ -280,7 +280,7 @@ SAVED = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("how", SAVED)
-def test_a_restored_state_is_the_same_to_the_bit_and_continues(how, kind, tmp_path):
+def test_a_restored_state_is_bit_identical_and_training_resumes(how, kind, tmp_path):
     opt, params = mfac(kind), new_params()
     step = jitted_step(opt)
     params, state = run(opt, params, opt.init(params), slice(2), step)

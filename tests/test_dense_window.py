@@ -1,4 +1,4 @@
-"""The dense window: what is stored, how exactly it is summed, where it lies."""
+"""Tests the dense window: storage dtype, accuracy of the sums, sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ def row_products(window, vector):
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (70_001,), (512, 300), (4, 128, 500)])
-def test_row_products_keep_the_digits_of_float32(shape):
-    # Entries of one sign: a sum in sequence loses most digits here.
+def test_row_products_keep_float32_precision(shape):
+    # A sequential sum is least accurate for entries of one sign.
     window = np.random.default_rng(0).uniform(0.5, 1, (6, *shape)).astype(np.float32)
     vector = window[2]
     products = jax.jit(row_products)(window, vector)
@@ -76,7 +76,7 @@ def test_a_rounded_window_preconditions_the_gradient_as_stored(dtype):
     np.testing.assert_allclose(updates["narrow"], updates["wide"], rtol=1e-5, atol=1e-6)
 
 
-def test_a_gradient_that_overflows_a_narrow_window_is_refused():
+def test_a_gradient_that_overflows_a_narrow_window_is_rejected():
     opt = mfac_jax.scale_by_mfac(4, window=mfac_jax.DenseWindow(jnp.float16))
     state = opt.init(jnp.zeros(3))
     update, state = opt.update(jnp.full(3, 1e6), state)
@@ -85,7 +85,7 @@ def test_a_gradient_that_overflows_a_narrow_window_is_refused():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "complex64", "bool", "no such dtype"])
-def test_refuses_other_dtypes(dtype):
+def test_other_dtypes_are_rejected(dtype):
     with pytest.raises(ValueError, match=f"float32, bfloat16.*{dtype}"):
         mfac_jax.DenseWindow(dtype)
 

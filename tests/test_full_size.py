@@ -1,4 +1,4 @@
-"""A window of the size that people use, against float64 NumPy."""
+"""Tests a window of realistic size against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def test_a_thousand_gradients_in_float32():
     """A Gram matrix in TF32 would make the error 6e-4."""
     num_grads, num_steps, size = 1024, 1100, 32_768
     rng = np.random.default_rng(0)
-    # Some numbers are far larger than others, and half of each is common to all.
+    # Elements differ widely in scale, and half of each gradient is common to all.
     scale = np.exp(1.5 * rng.normal(size=size))
     common, own = rng.normal(size=size), rng.normal(size=(num_steps, size))
     gradients = np.float32((common + own) * scale / np.linalg.norm(scale))

@@ -1,4 +1,4 @@
-"""Small leaves that a step takes together, against the same leaves one by one."""
+"""Tests grouped small leaves against the same leaves one by one."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from mfac_jax.windows import _groups
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# In an order that a group changes; of some dtypes there are several, of others one.
+# Grouping changes the order of these leaves. Some dtypes have one leaf, some several.
 SHAPES = {
     "a_bias": ((7,), "float32"),
     "b_kernel": ((64, 80), "float32"),
@@ -26,7 +26,7 @@ SHAPES = {
 WINDOWS = {
     "dense": None,
     "bf16": mfac_jax.DenseWindow(jnp.bfloat16),
-    "of their own": lambda path, leaf: mfac_jax.DenseWindow(
+    "per leaf": lambda path, leaf: mfac_jax.DenseWindow(
         jnp.float16 if path == "f_bias" else None
     ),
     "compact": mfac_jax.compact_windows({"b_kernel": 64, "a_bias": 7}),
@@ -64,7 +64,7 @@ def groups_of(state):
 
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=list(WINDOWS))
-def test_a_group_is_its_leaves(window, monkeypatch):
+def test_a_group_matches_its_leaves(window, monkeypatch):
     updates, state = run(window)
     assert any(len(group) > 1 for group in groups_of(state))
     monkeypatch.setattr(_groups, "_SMALL", 0)
@@ -80,7 +80,7 @@ def test_a_group_is_its_leaves(window, monkeypatch):
     np.testing.assert_allclose(state.gram, alone.gram, rtol=1e-6, atol=1e-6)
 
 
-def test_directions_are_those_of_the_mathematics():
+def test_directions_match_the_oracle():
     updates, _ = run(None)
     rows = np.stack([flat(g) for g in gradients(6)])
     for update, expected in zip(
@@ -93,7 +93,7 @@ def test_directions_are_those_of_the_mathematics():
 @pytest.mark.parametrize(
     "name", [n for n, (shape, _) in SHAPES.items() if 0 not in shape]
 )
-def test_one_bad_number_refuses_all(name):
+def test_one_bad_value_rejects_the_gradient(name):
     good, bad = gradients(2)
     bad[name] = bad[name].at[(0,) * bad[name].ndim].set(jnp.nan)
     opt = mfac_jax.scale_by_mfac(4, 1e-3)
@@ -104,7 +104,7 @@ def test_one_bad_number_refuses_all(name):
     jax.tree.map(np.testing.assert_array_equal, after.window, state.window)
 
 
-def test_a_window_of_small_leaves_alone_is_not_copied():
+def test_a_window_of_only_small_leaves_is_not_copied():
     params = [jax.ShapeDtypeStruct((3072,), jnp.float32)] * 24
     opt = mfac_jax.scale_by_mfac(64)
     state = jax.eval_shape(opt.init, params)
@@ -145,7 +145,7 @@ def test_sharded_and_replicated_leaves(axis_type):
     expected, _ = run(lambda tree: jax.tree.map(jnp.asarray, tree))
     with jax.set_mesh(mesh):
         direction, groups = run(placed)
-    # A leaf that is sharded over explicit axes is left out.
+    # Leaves that are sharded over explicit axes are not grouped.
     assert [1, 2] in groups if axis_type == AxisType.Explicit else [0, 1, 2] in groups
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),

@@ -1,4 +1,4 @@
-"""The transformation in the hands of a user: composition, semantics, bad input."""
+"""Tests mfac and scale_by_mfac: semantics, composition, invalid input."""
 
 import ast
 import math
@@ -22,7 +22,7 @@ STATIC = ("num_grads", "mask", "window")
 
 
 def gradients_like(params, num_steps, seed=0):
-    """Yields ``num_steps`` random trees in the structure of ``params``."""
+    """Yields ``num_steps`` random trees with the structure of ``params``."""
     rng = np.random.default_rng(seed)
     for _ in range(num_steps):
         yield jax.tree.map(
@@ -31,7 +31,7 @@ def gradients_like(params, num_steps, seed=0):
 
 
 def run(opt, params, gradients, update=None):
-    """Returns the updates of every step and the last state."""
+    """Returns the updates of all steps and the last state."""
     state, update, updates = opt.init(params), update or jax.jit(opt.update), []
     for gradient in gradients:
         step, state = update(gradient, state, params)
@@ -83,8 +83,8 @@ def test_large_damping_is_gradient_descent():
         np.testing.assert_allclose(flat(update), flat(gradient) / 1e8, rtol=1e-4)
 
 
-class TestTransformsOfJax(chex.TestCase):
-    """The same numbers however the update is run."""
+class TestJaxTransforms(chex.TestCase):
+    """The update computes the same values with and without `jit`."""
 
     @chex.variants(with_jit=True, without_jit=True, with_device=True, with_pmap=False)
     def test_variants(self):
@@ -94,7 +94,7 @@ class TestTransformsOfJax(chex.TestCase):
         updates, _ = run(opt, PARAMS, gradients, update=self.variant(opt.update))
         for update, other in zip(updates, expected, strict=True):
             # Where the terms of an element cancel, XLA's choice of fused multiply-adds
-            # alone changes it by the rounding of larger ones.
+            # changes it by the rounding error of larger values.
             rounding = 4 * jnp.finfo(jnp.float32).eps * np.max(np.abs(flat(other)))
             np.testing.assert_allclose(
                 flat(update), flat(other), rtol=1e-5, atol=rounding
@@ -102,7 +102,7 @@ class TestTransformsOfJax(chex.TestCase):
 
 
 def scan_replicas(opt, gradients):
-    """Returns the updates of all replicas and steps, from one program."""
+    """Returns the updates of all replicas and steps, computed by one program."""
 
     def stack(trees):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -315,7 +315,7 @@ def test_a_schedule_may_hold_a_table():
 
 
 def test_the_ring_does_not_depend_on_the_count():
-    """A schedule that is restarted overwrites the oldest gradient, as always."""
+    """After a schedule restarts, a step still overwrites the oldest gradient."""
     gradients = list(gradients_like(PARAMS, 6))
     opt = mfac_jax.scale_by_mfac(4, 1e-3)
     expected, _ = run(opt, PARAMS, gradients)
@@ -326,8 +326,8 @@ def test_the_ring_does_not_depend_on_the_count():
     assert state.index == 2
 
 
-def test_the_recipes_of_the_readme_work_together():
-    """Injected hyper-parameters, an eager init, a donated step."""
+def test_the_readme_recipes_work_together():
+    """Injects hyper-parameters, initializes eagerly and donates the state."""
     opt = optax.inject_hyperparams(mfac_jax.mfac, STATIC)(0.1, num_grads=3, damp=1e-3)
     state = opt.init(PARAMS)
     step = jax.jit(opt.update, donate_argnums=1)
@@ -336,7 +336,7 @@ def test_the_recipes_of_the_readme_work_together():
     assert state.hyperparams["damp"] == np.float32(1e-3)
 
 
-def test_a_donated_step_leaves_the_arrays_of_the_caller_alone():
+def test_a_donated_step_leaves_the_callers_arrays_alone():
     damp = jnp.float32(1e-3)
     gradient = jnp.ones(3)
     for value in damp, lambda count: damp:
@@ -398,7 +398,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(bad, step):
     chex.assert_trees_all_equal(
         after, before._replace(count=before.count + 1, num_rejected=1)
     )
-    # The ring goes on where it stood; the schedule has moved.
+    # The ring continues at the same row; the schedule has advanced.
     update, after = take(gradients[step], after)
     shifted = mfac_jax.scale_by_mfac(3, lambda t: 1e-3 * (2 + t))
     expected, _ = jax.jit(shifted.update)(gradients[step], before)
@@ -406,7 +406,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace(bad, step):
     assert after.num_rejected == 1
 
 
-def test_momentum_decays_over_a_refused_gradient():
+def test_momentum_decays_over_a_rejected_gradient():
     opt = mfac_jax.mfac(0.1, 3, 1e-3, momentum=0.5)
     gradients = [jnp.array([1.0, 2.0]), jnp.array([jnp.nan, 1.0])]
     updates, _ = run(opt, gradients[0], gradients)
@@ -472,7 +472,7 @@ def test_empty_trees(params):
     assert optax.tree.get(state, "num_rejected") == 0
 
 
-def test_init_on_shapes_alone():
+def test_init_accepts_shapes():
     opt = mfac_jax.mfac(0.1, 3, 1e-3, 0.9, 0.01)
     shapes = jax.eval_shape(lambda: PARAMS)
     chex.assert_trees_all_equal(opt.init(shapes), opt.init(PARAMS))
@@ -558,7 +558,7 @@ def test_donated_update_is_in_place_and_compiles_once():
         ({"damp": None}, TypeError, "damp must be a number .* got None"),
     ],
 )
-def test_bad_arguments_are_refused_by_the_factory(arguments, error, message):
+def test_bad_arguments_are_rejected_by_the_factory(arguments, error, message):
     with pytest.raises(error, match=message):
         mfac_jax.mfac(**{"learning_rate": 0.1, **arguments})
 
@@ -578,12 +578,12 @@ def test_bad_results_of_a_window_function_name_the_leaf():
 
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64"])
-def test_parameters_that_are_not_real_floats_are_refused(dtype):
+def test_parameters_that_are_not_real_floats_are_rejected(dtype):
     with pytest.raises(TypeError, match=f"w has dtype {dtype}.*optax.masked"):
         mfac_jax.scale_by_mfac(2).init({"w": jnp.zeros(2, dtype)})
 
 
-def test_leaves_that_are_no_arrays_are_named():
+def test_non_array_leaves_are_named():
     model = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0))
     with pytest.raises(TypeError, match=r"activation is .*is_inexact_array"):
         mfac_jax.mfac(0.1, 2).init(model)
@@ -600,7 +600,7 @@ def test_a_python_float_is_a_parameter():
         np.testing.assert_allclose(update["w"], other["w"], rtol=1e-5)
 
 
-def test_a_state_of_another_number_of_gradients_is_named():
+def test_a_state_with_another_num_grads_is_rejected():
     state = mfac_jax.mfac(0.1, 16).init(PARAMS)
     opt = mfac_jax.mfac(0.1, 32)
     with pytest.raises(ValueError, match="holds 16 gradients, but num_grads is 32"):
@@ -625,7 +625,7 @@ def test_a_state_of_another_number_of_gradients_is_named():
         ({"w": jnp.zeros((2, 3)), "b": jnp.zeros(())}, ValueError, r"b .*\(2,\).*\(\)"),
     ],
 )
-def test_gradients_unlike_the_parameters_are_refused(gradients, error, message):
+def test_gradients_unlike_the_parameters_are_rejected(gradients, error, message):
     opt = mfac_jax.scale_by_mfac(2)
     state = opt.init({"w": jnp.zeros((2, 3)), "b": jnp.zeros(2)})
     with pytest.raises(error, match=message):
@@ -635,7 +635,7 @@ def test_gradients_unlike_the_parameters_are_refused(gradients, error, message):
 
 
 @pytest.mark.parametrize("factory", [mfac_jax.mfac, mfac_jax.scale_by_mfac])
-def test_num_grads_left_out_of_static_args_says_so(factory):
+def test_num_grads_missing_from_static_args_is_reported(factory):
     arguments = {"num_grads": 3}
     if factory is mfac_jax.mfac:
         arguments["learning_rate"] = 0.1
@@ -646,7 +646,7 @@ def test_num_grads_left_out_of_static_args_says_so(factory):
     optax.inject_hyperparams(factory, advice)(**arguments).init(jnp.zeros(2))
 
 
-def test_a_window_function_left_out_of_static_args_says_so():
+def test_a_window_function_missing_from_static_args_is_reported():
     inject = optax.inject_hyperparams(mfac_jax.mfac, ("num_grads", "mask"))
     opt = inject(0.1, num_grads=3, window=mfac_jax.compact_windows(5))
     with pytest.raises(TypeError, match="'window' to static_args"):

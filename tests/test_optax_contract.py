@@ -1,7 +1,7 @@
-"""Optax's own contract suite for contributed optimizers, run against ours.
+"""Runs Optax's contract suite for contributed optimizers on ours.
 
-The suite stands in the wheel of Optax, with its list of optimizers expanded when the
-file is executed; so it is executed here with our entry in place of that list.
+The suite is part of the Optax wheel and expands its list of optimizers on import. This
+module imports it with our entry in place of the list.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 # stability wants lr / damp < 2 / L: hence the large damping of these toy problems.
 MFAC = {"learning_rate": 0.1, "num_grads": 8, "damp": 100.0}
 ADAM_MFAC = {"learning_rate": 0.1}
-# The sparse ones leave something out of the gradients: of matrices, or of all.
+# RowSparse drops values of matrices, TopK of all leaves.
 OPTIMIZERS = {
     "Dense": ("mfac", MFAC | {"window": mfac_jax.DenseWindow()}),
     "Int8": ("mfac", MFAC | {"window": mfac_jax.Int8Window()}),

@@ -1,4 +1,4 @@
-"""A kind of window from outside the package, against float64 NumPy."""
+"""Tests a custom window, defined outside the package, against float64 NumPy."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ def stored(gradient):
     return np.asarray(jnp.asarray(gradient / scale, jnp.float8_e4m3fn), float) * scale
 
 
-def test_every_step_is_that_of_the_stored_gradients():
+def test_every_step_matches_the_stored_gradients():
     rng = np.random.default_rng(0)
     gradients = [
         {name: np.float32(rng.normal(size=shape)) for name, shape in SHAPES.items()}
@@ -48,7 +48,7 @@ def test_every_step_is_that_of_the_stored_gradients():
     assert mfac_jax.diagnostics(state)["num_flushed"] == 0
 
 
-def test_it_says_what_it_cannot_store():
+def test_unsupported_leaves_are_named():
     class NoVectors(Float8Window):
         def unsupported(self, leaf, weight_decay=0.0):
             if weight_decay:
@@ -67,7 +67,7 @@ def test_it_says_what_it_cannot_store():
 
 
 def test_fields_of_another_kind_are_rejected():
-    """In nnx.state the window would be read as that kind."""
+    """`nnx.state` keeps only the field names: it would be read as the other kind."""
 
     class Halved(NamedTuple):
         values: jax.Array
@@ -96,7 +96,7 @@ def test_fields_of_another_kind_are_rejected():
         def init(self, leaf, num_grads):
             return Indexed(jnp.zeros((num_grads, *leaf.shape)), jnp.zeros(num_grads))
 
-    # Only a counter shares its name with those of the state.
+    # A field that is no counter may share its name with one of the state.
     mfac_jax.scale_by_mfac(2, window=IndexedWindow()).init({"w": jnp.ones(3)})
     for window, message in [
         (RaisedWindow(), r"Raised has the field num_raised"),

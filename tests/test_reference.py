@@ -1,4 +1,4 @@
-"""Agreement with the recorded runs of the published PyTorch code."""
+"""Tests agreement with recorded runs of the published PyTorch code."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ PARALLEL_STEPS = [20, 21, 22, 23, 24, 25, 30]
 
 
 def directions(case, dtype):
-    """Feeds the gradients of a case to the transformation, step by step."""
+    """Runs a recorded case; returns the state, the updates and relative errors."""
     settings = META["ihvp"][case]
     recorded = np.load(REFERENCE / "ihvp.npz")
     opt = mfac_jax.scale_by_mfac(settings["m"], settings["damp"])
@@ -78,7 +78,7 @@ def test_directions_and_probe_in_float64(case):
 
 
 def closed_loop(name, dtype):
-    """Trains the small network of the recording; returns losses and weights."""
+    """Trains the recorded network; returns losses and weights with the expected."""
     settings = META["trajectory"][name]
     recorded = np.load(REFERENCE / "trajectory.npz")
     x, y = jnp.asarray(recorded["x"], dtype), jnp.asarray(recorded["y"])

@@ -1,4 +1,4 @@
-"""Windows on a mesh of eight devices, against the same updates on one."""
+"""Tests windows on a mesh of eight devices against the same updates on one."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.eight_devices,
 ]
 
-# A leaf of each kind, so that one program has them all.
+# One leaf per kind, so that one program covers them all.
 KINDS = {
     "dense": None,
     "bf16": mfac_jax.DenseWindow(jnp.bfloat16),
@@ -38,7 +38,7 @@ def make_gradients(num_steps):
 
 @pytest.mark.parametrize("sharded_gradients", [False, True])
 def test_windows_split_along_their_gradients(sharded_gradients):
-    """A scatter into the Gram matrix with a sharded row gave wrong numbers."""
+    """Scattering a sharded row into the Gram matrix once gave wrong values."""
     opt = mfac_jax.scale_by_mfac(NUM_GRADS, 1e-4, window=lambda path, _: KINDS[path])
     params = {kind: jnp.zeros((64, 8)) for kind in KINDS}
     mesh = jax.make_mesh((8,), ("m",), axis_types=(AxisType.Auto,))
@@ -82,7 +82,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_metadata_of_nnx_stays_with_the_parameters(axis_type, name):
-    """The axes of a kernel are not those of its window, which has six gradients."""
+    """Applied to the window, the kernel's axes would split its six gradients."""
     x = np.float32(np.random.default_rng(0).normal(size=(8, 8)))
     transformation, state_of = OPTIMIZERS[name]
 

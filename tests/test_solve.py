@@ -1,4 +1,4 @@
-"""The damped Gram system: its relation to the paper, and its promise in float32."""
+"""Tests the damped Gram solve: agreement with the paper, accuracy in float32."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from mfac_jax import _solve
 
 @pytest.mark.parametrize("num_grads", [1, 2, 7, 24])
 @pytest.mark.parametrize("damp", [1e-3, 1.0])
-def test_solve_is_the_recursion_of_the_paper(num_grads, damp):
+def test_solve_matches_the_recursion_of_the_paper(num_grads, damp):
     rng = np.random.default_rng(num_grads)
     window = rng.normal(size=(num_grads, 30))
     index = num_grads // 2
@@ -33,7 +33,7 @@ def test_solve_is_the_recursion_of_the_paper(num_grads, damp):
 
 
 def correlated(num_steps, share, size=300, seed=0):
-    """Gradients of norm 1 that have a part in common."""
+    """Returns gradients of norm 1 that share a common part."""
     rng = np.random.default_rng(seed)
     common, own = rng.normal(size=size), rng.normal(size=(num_steps, size))
     gradients = share * common + (1 - share) * own
@@ -41,8 +41,8 @@ def correlated(num_steps, share, size=300, seed=0):
 
 
 def follow(gradients, num_grads, damps, dtype="float32", initial=None, weights_of=None):
-    """Solves at every step; yields the system, the row and what was found."""
-    # A function of its own, since a test replaces parts of what is traced.
+    """Solves at every step; yields the system, the row and the solution."""
+    # A new function in every call, since a test monkeypatches what is traced.
     solve = jax.jit(lambda *args: _solve.solve_for_row(*args))
     inverse = _solve.initial_inverse(num_grads, jnp.asarray(damps[0], dtype))
     for t, (window, row) in enumerate(oracles.ring_windows(gradients, num_grads)):
@@ -70,7 +70,7 @@ def error(found, expected):
     ],
 )
 @pytest.mark.parametrize("num_grads", [1, 2, 48])
-def test_the_inverse_follows_for_many_windows_without_factorizing(
+def test_the_inverse_is_updated_for_many_windows_without_factorizing(
     monkeypatch, num_grads, dtype, share, damp, bound
 ):
     def fail(gram, damp):
@@ -89,8 +89,8 @@ def test_the_inverse_follows_for_many_windows_without_factorizing(
             assert not solution.raised
 
 
-def test_an_inverse_that_has_accumulated_errors_is_computed_again():
-    """It fails now and then where gradients have nine tenths in common."""
+def test_an_inverse_that_has_accumulated_errors_is_recomputed():
+    """This happens now and then when gradients share nine tenths."""
     for system, row, solution in follow(correlated(300, 0.9), 48, [1e-4] * 300):
         exact = np.linalg.solve(system, np.eye(48)[row])
         assert error(solution.coefficients, exact) < 2e-4
@@ -100,12 +100,12 @@ def test_an_inverse_that_has_accumulated_errors_is_computed_again():
 @pytest.mark.parametrize(
     ("share", "damps"),
     [
-        (0.5, [1e-4] * 40),  # Follows from the step before.
+        (0.5, [1e-4] * 40),  # Updates the previous inverse.
         (0.5, [1e-4, 2e-4] * 20),  # Factorizes.
         (1 - 1e-6, [1e-9] * 40),  # Raises the damping.
     ],
 )
-def test_any_combination_of_the_rows_is_solved_for(share, damps):
+def test_solves_for_any_combination_of_the_rows(share, damps):
     def weights_of(row):
         return 0.9 ** ((row - np.arange(16)) % 16)
 
@@ -123,8 +123,8 @@ def test_any_combination_of_the_rows_is_solved_for(share, damps):
 
 
 @pytest.mark.parametrize("other", [np.nan, 0.0, 1.0, -1.0, 1e30])
-def test_another_inverse_costs_no_accuracy(other):
-    """Where the damping was raised, or the damping has changed."""
+def test_a_wrong_previous_inverse_costs_no_accuracy(other):
+    """Happens after the damping was raised or has changed."""
     initial = np.full((16, 16), other)
     for system, row, solution in follow(
         correlated(40, 0.5), 16, [1e-6] * 40, initial=initial
@@ -135,8 +135,8 @@ def test_another_inverse_costs_no_accuracy(other):
 
 
 @pytest.mark.parametrize("num_grads", [8, 33, 100])
-def test_lapack_gets_no_work_that_it_gives_to_threads(num_grads):
-    """On a CPU a triangular solve with several right-hand sides, at any size."""
+def test_lapack_starts_no_threads_on_the_cpu(num_grads):
+    """OpenBLAS threads triangular solves of any size and large factorizations."""
     matrix = jax.ShapeDtypeStruct((num_grads, num_grads), jnp.float32)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     index = jax.ShapeDtypeStruct((), jnp.int32)
@@ -151,7 +151,7 @@ def test_lapack_gets_no_work_that_it_gives_to_threads(num_grads):
     sizes = re.findall(r"potrf.*-> \(tensor<(\d+)x", text)
     assert sizes
     assert max(map(int, sizes)) <= 32
-    # A GPU keeps its libraries.
+    # On a GPU the library call is kept.
     program = solve.trace(matrix, matrix, index, scalar).lower(
         lowering_platforms=("cuda",)
     )
@@ -170,7 +170,7 @@ def test_both_forms_of_the_inverse_factor(num_grads, dtype):
         found = jax.jit(_solve._inverse_factor)(gram, jnp.asarray(1e-4, dtype))
         assert error(found, expected) < 100 * eps
         np.testing.assert_array_equal(found, np.tril(found))
-        # A matrix that is not positive definite has none.
+        # It is not finite if the matrix is not positive definite.
         bad = np.array(gram)
         bad[num_grads // 2, num_grads // 2] = -1
         found = jax.jit(_solve._inverse_factor)(bad, jnp.asarray(1e-4, dtype))
@@ -178,7 +178,7 @@ def test_both_forms_of_the_inverse_factor(num_grads, dtype):
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.99, 1.01, 2.0])
-def test_a_damping_that_changes_at_every_step_is_the_one_that_is_used(factor):
+def test_a_damping_that_changes_at_every_step_is_used_exactly(factor):
     damps = np.clip(1e-3 * factor ** np.arange(80), 1e-6, 1.0).astype(np.float32)
     for (system, row, solution), damp in zip(
         follow(correlated(80, 0.5), 16, damps), damps, strict=True
@@ -248,7 +248,7 @@ def test_well_separated_gradients_never_raise_the_damping(norm, damp):
 
 @pytest.mark.parametrize("damp", [0.0, -1.0, np.nan, np.inf, 1e-45, 3e38])
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e18])
-def test_any_traced_damping_ends_in_a_finite_direction(damp, scale):
+def test_any_traced_damping_gives_a_finite_direction(damp, scale):
     gradients = np.full((2, 3), scale, np.float32)
     updates, _, _ = run(gradients, 4, np.float32(damp))
     assert np.all(np.isfinite(updates))

@@ -1,4 +1,4 @@
-"""Windows split over eight devices, against the same updates on one."""
+"""Tests windows split over eight devices against the same updates on one."""
 
 import functools
 import math
@@ -23,8 +23,8 @@ pytestmark = [
 ]
 
 P = PartitionSpec
-NUM_GRADS = 24  # Unlike any axis of a leaf, as is a device's share of 3 or 6.
-# A leaf of each kind, so that one program has them all, and a small one.
+NUM_GRADS = 24  # No leaf has an axis of this size, or of a device's share, 3 or 6.
+# One leaf per kind, so that one program covers them all, and a small leaf.
 KINDS = {
     "dense": None,
     "bf16": mfac_jax.DenseWindow(jnp.bfloat16),
@@ -34,7 +34,7 @@ KINDS = {
     "float8": Float8Window(),
     "bias": None,
 }
-# Whose gradients are stored as they are, and programs compiled sooner.
+# These kinds store gradients unrounded, and their programs compile faster.
 EXACT = ("dense", "row_sparse", "bias")
 SHAPES = dict.fromkeys(KINDS, (64, 128)) | {"bias": (8,)}
 OPTIMIZERS = {
@@ -68,7 +68,7 @@ def relative_error(found, expected):
 
 @pytest.fixture(scope="module")
 def gradients():
-    """One and a half windows of independent gradients, by step."""
+    """Returns one and a half windows of independent gradients, by step."""
     rng, steps = np.random.default_rng(0), []
     for _ in range(NUM_GRADS * 3 // 2):
         steps.append({k: np.float32(rng.normal(size=s)) for k, s in SHAPES.items()})
@@ -79,7 +79,7 @@ def gradients():
 
 @pytest.fixture(scope="module")
 def on_one_device(gradients):
-    """Returns the updates of an optimizer on one device, and its last state."""
+    """Runs an optimizer on one device: gradients, updates and last state."""
 
     @functools.cache
     def run(name, kinds=tuple(KINDS)):
@@ -95,7 +95,7 @@ def on_one_device(gradients):
     return run
 
 
-# The mesh, the kind of its axes, how the parameters are split, and the window.
+# Mesh sizes, axis type, spec of the parameters, window axis.
 LAYOUTS = {
     "replicated": ((8,), AxisType.Auto, P(), "data"),
     "fsdp": ((8,), AxisType.Auto, P("data"), "data"),
@@ -111,12 +111,12 @@ CASES = [*(("mfac", layout) for layout in LAYOUTS), ("adam_mfac", "fsdp")]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_every_update_is_that_of_one_device(on_one_device, name, layout):
+def test_every_update_matches_one_device(on_one_device, name, layout):
     sizes, axis_type, spec, axis = LAYOUTS[layout]
     kinds = tuple(KINDS)
-    if name == "adam_mfac":  # A rounded gradient would depend on the last bit.
+    if name == "adam_mfac":  # Rounding would amplify differences in the last bit.
         kinds = EXACT
-    if layout == "explicit columns":  # The one kind that it stores.
+    if layout == "explicit columns":  # Only dense windows support it.
         kinds = "dense", "bf16"
     grads, expected, last = on_one_device(name, kinds)
     mesh = make_mesh(sizes, axis_type)
@@ -134,7 +134,7 @@ def test_every_update_is_that_of_one_device(on_one_device, name, layout):
             found, state = update(gradient, state)
             assert relative_error(found, of_one) <= 2e-6
         shapes = jax.eval_shape(opt.update, gradient, state)[0]
-    if axis_type == AxisType.Explicit:  # Of the others the type does not tell.
+    if axis_type == AxisType.Explicit:  # Only these types have a sharding.
         assert jax.tree.map(lambda x: x.sharding.spec, shapes) == jax.tree.map(
             lambda x: jax.typeof(x).sharding.spec, gradient
         )
@@ -143,7 +143,7 @@ def test_every_update_is_that_of_one_device(on_one_device, name, layout):
     state, last = (getattr(s, "mfac", s) for s in (state, last))
     assert state.num_raised == 0
     np.testing.assert_allclose(state.gram, last.gram, rtol=2e-6, atol=4e-3)
-    # The devices of the first axis share the window.
+    # The devices along `axis` share the window.
     share = sum(
         x.addressable_shards[0].data.nbytes
         for path, stored in state.window.items()
@@ -157,7 +157,7 @@ def test_every_update_is_that_of_one_device(on_one_device, name, layout):
 
 
 def test_inside_shard_map(on_one_device, gradients):
-    """The loop needs a state of one type: what differs between devices stays so."""
+    """The scan needs one type of state: what varies over devices must keep varying."""
     mesh = make_mesh((8,))
     opt = OPTIMIZERS["mfac"](window=window_of, window_axis="data")
 
@@ -175,7 +175,7 @@ def test_inside_shard_map(on_one_device, gradients):
         return jax.shard_map(run, in_specs=P(), out_specs=(specs, P())), stacked
 
     with jax.set_mesh(mesh):
-        jax.eval_shape(*mapped(gradients))  # The types of all kinds.
+        jax.eval_shape(*mapped(gradients))  # Checks the types of all kinds.
         grads, expected, last = on_one_device("mfac", EXACT)
         function, stacked = mapped(grads)
         state, found = jax.jit(function)(stacked)
@@ -210,8 +210,8 @@ def collectives(program):
 
 @pytest.mark.parametrize("path", ["cpu", "default"])
 @pytest.mark.parametrize("layout", ["replicated", "fsdp", "rows"])
-def test_no_window_travels(monkeypatch, path, layout):
-    """Of the gradients only their sum and their products with the newest do."""
+def test_no_window_is_communicated(monkeypatch, path, layout):
+    """Only sums of gradients and products with the newest gradient are sent."""
     if path == "default":
         monkeypatch.setattr(
             jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
@@ -291,8 +291,8 @@ def test_a_checkpoint_moves_to_other_devices_and_back(
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_nnx_needs_the_argument_and_the_mesh_alone(name):
-    """No shardings are passed, and eager `init` puts each share where it belongs."""
+def test_nnx_needs_only_the_argument_and_the_mesh(name):
+    """Passes no shardings: eager `init` places the share of each device."""
     alias = {"mfac": mfac_jax.mfac, "adam_mfac": mfac_jax.adam_mfac}[name]
     x = np.float32(np.random.default_rng(0).normal(size=(16, 8)))
 
@@ -337,7 +337,7 @@ def nnx_states(opt):
 
 
 def test_shardings_of_other_states():
-    """Trees like the parameters are split like them, masked ones too."""
+    """Subtrees like the parameters are split like them, masked ones too."""
     mesh = make_mesh((4, 2))
     params = {
         "embedding": jax.ShapeDtypeStruct(
@@ -353,7 +353,7 @@ def test_shardings_of_other_states():
         found = mfac_jax.state_shardings(opt, params, mesh, "data")
         with jax.set_mesh(mesh):
             shapes = jax.eval_shape(opt.init, params)
-        # Another mesh in context changes nothing, nor does one without devices.
+        # Neither another mesh in context nor an abstract mesh changes the result.
         with jax.set_mesh(make_mesh((2,))):
             planned = mfac_jax.state_shardings(opt, params, mesh.abstract_mesh, "data")
         assert jax.tree.map(lambda s: s.spec, planned) == jax.tree.map(
@@ -391,7 +391,7 @@ def test_shardings_of_other_states():
     assert ours.mfac.window["kernel"].values == P("data", None, "model")
     assert "embedding" not in ours.mfac.window
     assert shardings(optax.adamw(0.1))[0].mu == specs
-    # Arrays that are no longer of a parameter's shape are not split.
+    # Arrays whose shape differs from the parameter's are not split like it.
     factored = shardings(optax.adafactor(0.1, min_dim_size_to_factor=4))
     assert factored[0].v["kernel"] == factored[0].v_row["kernel"] == P()
     flat = shardings(optax.flatten(mfac_jax.scale_by_mfac(8)))
@@ -423,7 +423,7 @@ def test_a_state_that_is_not_split_yet(gradients, axis_type):
     of_one, _ = jax.jit(make().update)(grads, state)
     with jax.set_mesh(mesh):
         mfac_jax.state_shardings(opt, grads, mesh, "data")
-        # Planning leaves no trace in what JAX has cached.
+        # `state_shardings` leaves nothing in JAX's caches.
         empty = jax.jit(opt.init)(grads)
         found, state = jax.jit(opt.update)(grads, state)
     for split in (empty, state):
@@ -432,7 +432,7 @@ def test_a_state_that_is_not_split_yet(gradients, axis_type):
     assert relative_error(found, of_one) <= 2e-6
 
 
-def test_what_is_not_offered_is_rejected_by_name():
+def test_unsupported_splits_are_rejected():
     params = {"w": np.ones((4, 8), np.float32)}
     opt = mfac_jax.scale_by_mfac(12, window_axis="data")
     with pytest.raises(
@@ -447,17 +447,17 @@ def test_what_is_not_offered_is_rejected_by_name():
             opt.init(params)
         with pytest.raises(ValueError, match=r"multiple of the 8 .* got 5: take 8\."):
             mfac_jax.mfac(0.1, 5, window_axis="data").init(params)
-        message = r"rotation in the window of w must hold 8 .* got 5\. Name .*not_grad"
+        message = r"rotation in the window of w must hold 8 .* got 5\. List .*not_grad"
         rotated = mfac_jax.mfac(0.1, 8, window=RotatedWindow(), window_axis="data")
         with pytest.raises(ValueError, match=message):
             rotated.init({"w": np.ones((4, 5), np.float32)})
-        with pytest.raises(ValueError, match=r"'model' is no axis of .* are 'data'\."):
+        with pytest.raises(ValueError, match=r"'model' is not an axis .* are 'data'\."):
             mfac_jax.adam_mfac(0.1, 8, window_axis="model").init(params)
     with pytest.raises(
         ValueError, match=r"multiple of the 8 devices of mesh axis 'data'"
     ):
         mfac_jax.state_shardings(mfac_jax.mfac(0.1, 12), params, mesh, "data")
-    with pytest.raises(ValueError, match=r"axis 'x' is no axis of the mesh"):
+    with pytest.raises(ValueError, match=r"axis 'x' is not an axis of the mesh"):
         mfac_jax.state_shardings(mfac_jax.mfac(0.1, 8), params, mesh, "x")
 
     for names in (["data"], ("data", "data"), (), 3):
@@ -470,10 +470,10 @@ def test_what_is_not_offered_is_rejected_by_name():
     ):
         mfac_jax.mfac(0.1, 8, window_axis=("data", "model")).init(params)
     of_model = NamedSharding(make_mesh((4, 2)), P("model"))
-    with pytest.raises(ValueError, match=r"w is split over 'model', which is no axis"):
+    with pytest.raises(ValueError, match=r"w is split over 'model', .* not an axis"):
         mfac_jax.state_shardings(opt, jax.device_put(params, of_model), mesh, "data")
 
-    # A state that is split reaches an optimizer that does not know of it.
+    # A split state is passed to an optimizer without `window_axis`.
     forgetful = mfac_jax.scale_by_mfac(8)
     specs = jax.tree.map(
         lambda s: s.spec, mfac_jax.state_shardings(forgetful, params, mesh, "data")
@@ -494,7 +494,7 @@ def test_what_is_not_offered_is_rejected_by_name():
     )
     with pytest.raises(ValueError, match=r"map all of these axes or none.*\['data'\]"):
         jax.jit(mapped)(params)
-    # Compact windows of leaves that another explicit axis splits.
+    # Compact windows of leaves that are split over another explicit axis.
     mesh = make_mesh((4, 2), AxisType.Explicit)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, NamedSharding(mesh, P(None, "model")))

@@ -1,4 +1,4 @@
-"""What users read from the state, and how it is emptied and refilled."""
+"""Tests reading the state, and dropping and refilling its windows."""
 
 import chex
 import jax
@@ -102,7 +102,7 @@ def nnx_optimizer(window):
     return model, optimizer, run(opt, opt.init(PARAMS), GRADIENTS)
 
 
-def test_what_nnx_makes_of_a_state_can_be_read():
+def test_the_nnx_forms_of_a_state_can_be_read():
     model, optimizer, expected = nnx_optimizer(of_its_kind)
     product = mfac_jax.inverse_fisher_vector_product(expected, PARAMS, 1.0)
     for state in optimizer.opt_state, nnx.state(optimizer):
@@ -121,7 +121,7 @@ def test_what_nnx_makes_of_a_state_can_be_read():
                 np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_a_kind_of_ones_own_is_lost_in_the_mappings_of_nnx():
+def test_a_custom_kind_of_window_is_lost_in_nnx_state():
     _, optimizer, _ = nnx_optimizer(Float8Window())
     assert mfac_jax.diagnostics(nnx.state(optimizer))["num_stored"] == 4
     mfac_jax.inverse_fisher_vector_product(optimizer.opt_state, PARAMS, 1.0)
@@ -137,7 +137,7 @@ def test_an_emptied_and_refilled_state_starts_with_an_empty_window():
     tree = {"step": 3, "opt_state": state}
     small = mfac_jax.drop_windows(tree)
     sizes = [x.size for x in jax.tree.leaves(small["opt_state"])]
-    # The average of the steps, and counters.
+    # The momentum average and counters.
     assert sum(sizes) <= 4 * 36 + 10
     like = {"step": 0, "opt_state": opt.init(PARAMS)}
     refilled = mfac_jax.refill_windows(small, like)
@@ -148,7 +148,7 @@ def test_an_emptied_and_refilled_state_starts_with_an_empty_window():
     assert found["num_stored"] == found["effective_rank"] == 0
     assert found["num_dropped"] == before["num_dropped"] > 0
     assert optax.tree.get(refilled, "ScaleByMFACState").count == 3
-    # The direction is that of a window with one gradient, at the schedule's damping.
+    # The direction matches a window with one gradient, at the schedule's damping.
     first = mfac_jax.scale_by_mfac(4, 4e-3, window=of_its_kind)
     expected, _ = jax.jit(first.update)(GRADIENTS[3], first.init(PARAMS))
     state_of_mfac = optax.tree.get(refilled, "ScaleByMFACState")
@@ -178,7 +178,7 @@ def test_a_window_is_refilled_from_a_state_that_fits():
     ]:
         with pytest.raises(ValueError, match=message):
             mfac_jax.refill_windows(dropped, like)
-    # Another kind of window.
+    # The kind of window may change.
     dense = mfac_jax.scale_by_mfac(4)
     state = mfac_jax.refill_windows(dropped, dense.init(PARAMS))
     assert "num_dropped" not in mfac_jax.diagnostics(state)

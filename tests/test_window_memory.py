@@ -1,4 +1,4 @@
-"""Bytes of the windows and of an update, at the size of BERT-tiny."""
+"""Tests the memory of windows and updates at the size of BERT-tiny."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from compiled import AS_FOR_USERS
 
 import mfac_jax
 
-# Buffers are assigned before the optimizations that this leaves out.
+# Memory is unaffected: XLA assigns buffers before the optimizations that this skips.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BERT_TINY = {  # BERT-tiny with a head for two labels, 4.39 million parameters.
@@ -45,7 +45,7 @@ TIGHT = {"word_embeddings": 450, "position_embeddings": 128}
     ],
 )
 def test_memory_at_the_size_of_bert_tiny(window, limit):
-    """Compiled, not run: the bytes of the window, and no copy of it."""
+    """Bounds the bytes of the window and the temporaries of a compiled update."""
     params = bert_tiny_params()
     gradient_nbytes = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
     assert gradient_nbytes == 4 * 4_386_178

@@ -1,4 +1,4 @@
-"""The compact windows against plain NumPy, and wherever the dense one works."""
+"""Tests the compact windows against NumPy and in all uses of the dense window."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ KINDS = {
     "topk": mfac_jax.TopKWindow(0.3, block_size=16),
     "topk_bf16": mfac_jax.TopKWindow(0.3, block_size=16, dtype=BF16),
 }
-# One of each, for what does not depend on the dtype.
+# One of each kind, for tests that do not depend on the dtype.
 COMPACT = ["bf16", "int8", "row_sparse", "topk"]
 PARAMS = {
     "table": jnp.ones((9, 5)),
@@ -42,7 +42,7 @@ FEW = {name: PARAMS[name] for name in ("table", "wide")}
 
 
 def gradients_like(params, num_steps, seed=0):
-    """Random trees in the structure of ``params``."""
+    """Returns ``num_steps`` random trees with the structure of ``params``."""
     rng = np.random.default_rng(seed)
     return [
         jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
@@ -51,7 +51,7 @@ def gradients_like(params, num_steps, seed=0):
 
 
 def run(opt, gradients):
-    """Returns the updates of every step and the last state."""
+    """Returns the updates of all steps and the last state."""
     state, update, updates = opt.init(gradients[0]), jax.jit(opt.update), []
     for gradient in gradients:
         step, state = update(gradient, state, gradients[0])
@@ -64,7 +64,7 @@ def flat(tree):
     return np.concatenate(leaves)
 
 
-# What each kind stores of a sequence of gradients of one leaf, in NumPy.
+# In NumPy, what each kind stores for a sequence of gradients of one leaf.
 
 
 def rounded(x, dtype):
@@ -122,7 +122,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_step_is_that_of_the_stored_gradients(kind):
+def test_every_step_matches_the_stored_gradients(kind):
     num_grads, damp = 6, 1e-3  # Three batches of two on the CPU.
     gradients = gradients_like(PARAMS, 2 * num_grads + 3)
     updates, state = run(
@@ -142,7 +142,7 @@ def test_every_step_is_that_of_the_stored_gradients(kind):
         assert error <= 1e-5 * np.linalg.norm(expected)
     np.testing.assert_allclose(state.gram, window @ window.T, rtol=2e-6, atol=2e-5)
     assert state.num_raised == 0
-    # Vectors from outside go through the same two passes.
+    # Arbitrary vectors go through the same two passes.
     product = jax.jit(mfac_jax.inverse_fisher_vector_product)(state, PARAMS, 1.0)
     expected = oracles.dense_inverse_product(window, flat(PARAMS), 1.0)
     np.testing.assert_allclose(flat(product), expected, rtol=1e-4, atol=1e-5)
@@ -164,7 +164,7 @@ def test_kinds_share_one_gram_matrix(tmp_path):
     ):
         expected = oracles.dense_inverse_product(window, window[row], 1e-3)
         np.testing.assert_allclose(flat(update), expected, rtol=1e-4, atol=1e-5)
-    # The same state, from a checkpoint of orbax.
+    # An Orbax checkpoint restores the same state.
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -175,8 +175,8 @@ def test_kinds_share_one_gram_matrix(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(), (3,), (70_001,), (512, 300), (3000, 40)])
-def test_passes_over_narrow_windows_keep_the_digits_of_float32(dtype, shape):
-    # Entries of one sign: a sum in sequence loses most digits here.
+def test_passes_over_narrow_windows_keep_float32_precision(dtype, shape):
+    # A sequential sum is least accurate for entries of one sign.
     values = np.random.default_rng(0).uniform(0.5, 1, (6, *shape)).astype(np.float32)
     opt = mfac_jax.scale_by_mfac(6, window=mfac_jax.DenseWindow(dtype))
     _, state = run(opt, list(values))
@@ -185,7 +185,7 @@ def test_passes_over_narrow_windows_keep_the_digits_of_float32(dtype, shape):
 
 
 def sparse_gradients(num_steps, num_rows=50, max_rows=6):
-    """Gradients of a table and a kernel; tokens repeat, some batches have none."""
+    """Returns gradients of a table and a kernel; some batches have no tokens."""
     rng = np.random.default_rng(0)
     gradients = []
     for step in range(num_steps):
@@ -200,7 +200,7 @@ def sparse_gradients(num_steps, num_rows=50, max_rows=6):
 
 @functools.cache
 def network_gradients(num_steps=60):
-    """The gradients of a classifier of word sequences as it trains, in float64."""
+    """Returns the gradients of a word-sequence classifier as it trains, in float64."""
     rng = np.random.default_rng(0)
     # As in text, some tokens are in every batch.
     tokens, labels = rng.zipf(1.3, (num_steps, 4, 12)) % 60, rng.integers(2, size=4)
@@ -222,7 +222,7 @@ def network_gradients(num_steps=60):
 
 
 def compare_with_dense(gradients, window, num_grads, dtype):
-    """Relative differences of both kinds at every step, and errors to the truth."""
+    """Returns the largest relative differences: between the kinds, to the oracle."""
     opts = {
         "sparse": mfac_jax.scale_by_mfac(num_grads, 1e-6, window=window),
         "dense": mfac_jax.scale_by_mfac(num_grads, 1e-6),
@@ -260,7 +260,7 @@ def compare_with_dense(gradients, window, num_grads, dtype):
     ],
 )
 def test_row_sparse_equals_dense(dtype, bounds):
-    """Over wrap-arounds, repeated tokens and empty gradients."""
+    """Covers wrap-around, repeated tokens and empty gradients."""
     gradients = sparse_gradients(60)
     window = mfac_jax.compact_windows({"table": 6})
     with jax.enable_x64(dtype == "float64"):
@@ -295,7 +295,7 @@ def test_rows_beyond_the_limit_are_dropped_by_norm_and_counted():
     assert state.window[""].num_dropped == 2
     kept = np.where(np.isin(np.arange(8), [2, 5, 7])[:, None], table, 0)
     np.testing.assert_allclose(update, 2 * kept / np.sum(kept**2), rtol=1e-5)
-    # A refused gradient drops nothing; the counter adds up and stays at its end.
+    # A rejected gradient drops nothing; the counter adds up and saturates.
     update = jax.jit(opt.update)
     _, state = update(jnp.full((8, 2), jnp.nan), state)
     assert state.window[""].num_dropped == 2
@@ -307,7 +307,7 @@ def test_rows_beyond_the_limit_are_dropped_by_norm_and_counted():
     assert state.window[""].num_dropped == largest
 
 
-def test_a_small_row_is_not_taken_for_a_zero_one():
+def test_a_tiny_row_ranks_above_zero_rows():
     # Its square is 0 in float32.
     table = jnp.zeros((6, 2)).at[4].set(1e-25).at[2].set(1.0)
     opt = mfac_jax.scale_by_mfac(2, window=mfac_jax.RowSparseWindow(2))
@@ -317,7 +317,7 @@ def test_a_small_row_is_not_taken_for_a_zero_one():
 
 
 @pytest.mark.parametrize("shape", [(), (9,), (3, 4), (2, 4, 5), (0, 4)])
-def test_what_row_sparse_would_not_shrink_is_stored_densely(shape):
+def test_leaves_that_row_sparse_would_not_shrink_are_stored_densely(shape):
     window = mfac_jax.RowSparseWindow(3, BF16).init(jnp.zeros(shape), 5)
     assert window.values.shape == (5, *shape)
     assert window.values.dtype == BF16
@@ -327,7 +327,7 @@ def test_what_row_sparse_would_not_shrink_is_stored_densely(shape):
     ("rows", "dtype"),
     [(256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "uint32")],
 )
-def test_indices_are_as_narrow_as_they_can_be(rows, dtype):
+def test_indices_have_the_narrowest_dtype(rows, dtype):
     leaf = jnp.zeros((rows, 1))
     assert mfac_jax.RowSparseWindow(2).init(leaf, 1).indices.dtype == dtype
     window = mfac_jax.TopKWindow(0.001, block_size=rows).init(leaf, 1)
@@ -335,7 +335,7 @@ def test_indices_are_as_narrow_as_they_can_be(rows, dtype):
 
 
 @pytest.mark.parametrize("rows", [256, 65_536])
-def test_the_last_index_of_a_type_is_found_again(rows):
+def test_the_largest_index_of_a_dtype_round_trips(rows):
     leaf = jnp.zeros((rows, 1))
     gradients = [leaf.at[rows - 1].set(1.0).at[t].set(2.0) for t in range(3)]
     expected, _ = run(mfac_jax.scale_by_mfac(2), gradients)
@@ -358,7 +358,7 @@ def test_top_k_of_everything_is_dense():
     assert not any(np.any(leaf.error) for leaf in state.window.values())
 
 
-def test_what_top_k_leaves_out_comes_later():
+def test_values_that_top_k_leaves_out_are_stored_later():
     gradients = gradients_like({"w": jnp.ones(40)}, 200)
     opt = mfac_jax.scale_by_mfac(200, window=mfac_jax.TopKWindow(0.1))
     _, state = run(opt, gradients)
@@ -372,7 +372,7 @@ def test_what_top_k_leaves_out_comes_later():
 
 
 @pytest.mark.parametrize("kind", COMPACT)
-def test_a_refused_gradient_leaves_no_trace(kind):
+def test_a_rejected_gradient_leaves_no_trace(kind):
     gradients = gradients_like(FEW, 6)
     opt = mfac_jax.scale_by_mfac(4, 1e-3, window=KINDS[kind])
     _, before = run(opt, gradients)
@@ -415,7 +415,7 @@ def test_scan_vmap_and_cond(kind):
 
 @pytest.mark.parametrize("kind", COMPACT)
 def test_formulations_of_other_backends(kind, monkeypatch):
-    """What a GPU runs gives the same numbers, and lowers for one."""
+    """The GPU formulation gives the same values and lowers for CUDA."""
     gradients = gradients_like(FEW, 9)
     opt = mfac_jax.scale_by_mfac(6, 1e-3, window=KINDS[kind])
     expected, state = run(opt, gradients)
@@ -487,7 +487,7 @@ def test_window_nbytes_counts_every_array():
         mfac_jax.RowSparseWindow(7): 6 * (7 * (4 * 4 + 2) + 4 * 5),
         mfac_jax.RowSparseWindow(7, BF16): 6 * (7 * (2 * 4 + 2) + 2 * 5),
         mfac_jax.Int8Window(128): 6 * (10 * (128 + 4) + 5 + 4),
-        # 12 blocks of 100, 10 of each kept; 1 of the 5; the errors.
+        # 12 blocks of 100 that keep 10 each, 1 of the 5 biases, the errors.
         mfac_jax.TopKWindow(0.1, 100): 6 * (12 * 10 + 1) * (4 + 1) + 4 * 1205,
     }
     for window, nbytes in expected.items():
@@ -568,14 +568,14 @@ def test_compact_windows_finds_tables_by_their_path():
         ("compact_windows", {"max_rows": {"a": 1.5}}, TypeError, "max_rows .* got 1.5"),
     ],
 )
-def test_bad_specifications_are_refused(kind, arguments, error, message):
+def test_bad_specifications_are_rejected(kind, arguments, error, message):
     with pytest.raises(error, match=message):
         getattr(mfac_jax, kind)(**arguments)
 
 
 @pytest.mark.parametrize("kind", ["row_sparse", "int8", "topk"])
 @pytest.mark.parametrize("shape", [(), (9,), (9, 6), (2, 5), (300, 5)])
-def test_gradients_that_cannot_be_the_leafs_are_refused(kind, shape):
+def test_gradients_of_another_shape_are_rejected(kind, shape):
     opt = mfac_jax.scale_by_mfac(2, window=KINDS[kind])
     state = opt.init({"table": jnp.zeros((9, 5))})
     with pytest.raises(ValueError, match=r"gradient of table .*expected .* got \("):
@@ -602,7 +602,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_coupled_decay_of_a_row_sparse_table_is_refused(mask):
+def test_coupled_decay_of_a_row_sparse_table_is_rejected(mask):
     params = {"table": jnp.ones((9, 2)), "bias": jnp.ones(2)}
     window = mfac_jax.RowSparseWindow(3)
     opt = mfac_jax.mfac(0.1, 2, weight_decay=0.01, mask=MASKS[mask], window=window)
@@ -622,7 +622,7 @@ def test_decay_that_leaves_the_rows_alone_is_accepted():
         {"weight_decay": 0.01, "window": window, "mask": spared},
         {"weight_decay": 0.01, "window": mfac_jax.RowSparseWindow(9)},
         {"weight_decay": 0.01, "window": mfac_jax.TopKWindow()},
-        # Not seen: a schedule.
+        # `init` cannot check a schedule.
         {"weight_decay": lambda _: 0.01, "window": window},
     ]:
         mfac_jax.mfac(0.1, 2, **arguments).init(params)

@@ -1,8 +1,9 @@
-"""Windows: how the gradients of a leaf are stored.
+"""Windows: storage formats for the gradients of a leaf.
 
-A kind of window subclasses :class:`Window` as a frozen dataclass; its ``init`` returns
-:class:`StoredGradients`. Kinds of your own need these two protocols and nothing else;
-the functions are the building blocks of the built-in kinds.
+A kind of window subclasses :class:`~mfac_jax.windows.Window` as a frozen dataclass; its
+``init`` returns :class:`~mfac_jax.windows.StoredGradients`. Custom windows implement
+these two protocols and can use the functions, the building blocks of the built-in
+kinds.
 """
 
 from mfac_jax.windows._choice import WindowFn, compact_windows

@@ -13,21 +13,25 @@ from mfac_jax.windows._dense import DenseWindow
 from mfac_jax.windows._protocol import Window
 from mfac_jax.windows._row_sparse import RowSparseWindow
 
+#: A function ``(path, leaf) -> window`` that chooses the window of a leaf. ``path`` is
+#: the key path as a string, such as ``'encoder/dense/kernel'``, ``leaf`` the parameter
+#: or its :class:`jax.ShapeDtypeStruct`; ``None`` selects
+#: :class:`~mfac_jax.DenseWindow`.
 WindowFn = Callable[[str, Any], Window | None]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree by their paths, in flatten order.
 
-    The keys of a path are joined by ``/``. The attribute ``value`` in which a Flax
-    variable holds its array is left out, so that a tree of variables and the same tree
-    of arrays have the same paths.
+    The keys of a path are joined by ``/``. The attribute ``value`` of Flax variables is
+    omitted, so that a tree of variables and the same tree of arrays have the same
+    paths.
     """
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(tree)
     leaves = {_name(path): leaf for path, leaf in paths_and_leaves}
     if len(leaves) == len(paths_and_leaves):
         return leaves
-    # Keys that contain a slash can make two paths one.
+    # Keys that contain a slash can make two paths equal.
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths_and_leaves}
 
 
@@ -38,11 +42,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def check_window(window: Any) -> None:
-    """Raises unless ``window`` is a window, a function or ``None``.
-
-    Raises:
-      TypeError: with what was passed.
-    """
+    """Raises a TypeError unless ``window`` is a window, a function or ``None``."""
     is_function = callable(window) and not isinstance(window, type)
     if not (window is None or is_function or _is_window(window)):
         raise TypeError(
@@ -57,11 +57,11 @@ def choose_windows(
     """Returns the window of each leaf.
 
     Args:
-      window: one for all leaves, a function of path and leaf, or ``None``.
-      leaves: parameters by path.
+      window: One window for all leaves, a function of path and leaf, or ``None``.
+      leaves: The parameters by path.
 
     Raises:
-      TypeError: if the function returns anything but a window or ``None``.
+      TypeError: If the function returns anything but a window or ``None``.
     """
     chosen = {}
     for path, leaf in leaves.items():
@@ -81,10 +81,10 @@ def choose_windows(
 
 
 def check_supported(path: str, leaf: Any, spec: Window, weight_decay: float) -> None:
-    """Raises where a window cannot store the gradients of a leaf.
+    """Validates that a window can store the gradients of a leaf.
 
     Raises:
-      ValueError: with the leaf's path and the window's reason.
+      ValueError: With the path of the leaf and the window's reason.
     """
     reason = spec.unsupported(leaf, weight_decay)
     if reason is not None:
@@ -104,15 +104,15 @@ def compact_windows(
     Pass the result as ``window`` of :func:`~mfac_jax.mfac`. It is exact while no
     mini-batch contains more than ``max_rows`` different tokens: ``batch size × sequence
     length`` is a safe bound, the largest number of different tokens in a batch a tight
-    one. Warns of a pattern that no path matches; :func:`~mfac_jax.window_table` shows
-    which leaf got which window.
+    one. ``init`` warns if a pattern matches no path; :func:`~mfac_jax.window_table`
+    shows the window of each leaf.
 
     Args:
-      max_rows: Rows kept of a gradient (static): one number for all leaves whose last
-        key contains ``embedding``, the names of Flax (``encoder/Embed_0/embedding``);
-        or a mapping from regular expressions, searched for in the path, to numbers, the
-        first match wins. Equinox and PyTorch name tables otherwise:
-        ``{'layers/0/weight$': 512}``, ``{'word_emb/weight$': 512}``.
+      max_rows: Rows kept of each gradient (static). An integer applies to all leaves
+        whose last key contains ``embedding``, as in Flax
+        (``encoder/Embed_0/embedding``). A mapping from regular expressions to integers
+        applies the first pattern found in the path, for the names of Equinox and
+        PyTorch: ``{'layers/0/weight$': 512}``, ``{'word_emb/weight$': 512}``.
       dtype: Storage dtype of all windows (static), as in
         :class:`~mfac_jax.DenseWindow`.
 
@@ -151,10 +151,10 @@ class _CompactWindows:
 
     def __call__(self, path: str, leaf: Any = None) -> Window:
         if not isinstance(path, str):
-            # optax.inject_hyperparams takes it for a schedule.
+            # optax.inject_hyperparams calls it as a schedule.
             raise TypeError(
                 f"a window function takes the path of a leaf, got {path!r}; with "
-                "optax.inject_hyperparams add 'window' to static_args."
+                "optax.inject_hyperparams, add 'window' to static_args."
             )
         return next((w for p, w in self.tables if p.search(path)), self.others)
 
@@ -164,7 +164,7 @@ class _CompactWindows:
             if not any(pattern.search(path) for path in paths):
                 warnings.warn(
                     f"compact_windows: no path matches {pattern.pattern!r} ({shown}); "
-                    "its table is stored densely. Pass a mapping from a pattern that "
-                    "matches to the number of rows.",
+                    "its table is stored densely. Pass a mapping from a matching "
+                    "pattern to the number of rows.",
                     stacklevel=2,
                 )

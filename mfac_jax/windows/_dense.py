@@ -1,7 +1,7 @@
-"""Dense storage of the last ``m`` gradients of one parameter leaf.
+"""Dense storage of gradients.
 
-The window of a leaf is an array of shape ``(m, *leaf.shape)``: its rows are the
-rows of the paper's gradient matrix ``G``, restricted to the leaf.
+The window of a leaf is an array of shape ``(m, *leaf.shape)``: its rows are the rows of
+the paper's gradient matrix ``G``, restricted to the leaf.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ _SUMS_ARE_FAST = jax.__version_info__ >= (0, 11)
 class DenseWindow(Window):
     """Stores every element of a leaf's gradients.
 
-    A gradient is rounded to ``dtype`` when it enters the window, and that stored
-    gradient is what is preconditioned. The window takes
-    ``num_grads × leaf.size × itemsize`` bytes.
+    A gradient is rounded to ``dtype`` when it enters the window, and the rounded
+    gradient is preconditioned. The window takes ``num_grads × leaf.size × itemsize``
+    bytes.
 
     Args:
       dtype: Storage dtype (static): ``float64``, ``float32``, ``bfloat16`` or
-        ``float16``. ``None`` is the dtype of the leaf, ``float32`` at least.
+        ``float16``. ``None`` selects the dtype of the leaf, ``float32`` at least.
 
     Raises:
-      ValueError: If ``dtype`` is none of these.
+      ValueError: If ``dtype`` is not a storage dtype.
 
     Examples:
       >>> import jax.numpy as jnp, mfac_jax
@@ -60,10 +60,18 @@ class DenseWindow(Window):
 
 
 class DenseGradients(NamedTuple):
-    """The window of a leaf; a row of it is the same without the leading axis.
+    """Gradients stored by :class:`~mfac_jax.DenseWindow`.
+
+    A row has the same fields without the leading axis.
 
     Attributes:
-      values: the gradients, shape ``(m, *leaf.shape)``.
+      values: The gradients, shape ``(m, *leaf.shape)``.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> stored = mfac_jax.DenseWindow().init(jnp.zeros((2, 3)), num_grads=4)
+      >>> stored.values.shape
+      (4, 2, 3)
     """
 
     values: jax.Array
@@ -123,7 +131,7 @@ def _sum_of_products(window: jax.Array, vectors: jax.Array) -> jax.Array:
 
 
 def _sums_of_pieces(window: jax.Array, vector: jax.Array) -> jax.Array:
-    """``G x`` as the sums of pieces of the rows, for the CPU.
+    """Computes ``G x`` as sums over pieces of the rows, for the CPU.
 
     As fast as the matrix-vector product. For one million values of one sign its
     relative error is 1.5e-7.
@@ -133,13 +141,13 @@ def _sums_of_pieces(window: jax.Array, vector: jax.Array) -> jax.Array:
     if pieces == 1:
         return _one_row_at_a_time(window, vector)
     products = window.reshape(num_rows, pieces, -1) * vector.reshape(pieces, -1)[None]
-    # The barrier keeps XLA from making one sum of the two.
+    # The barrier keeps XLA from merging the two sums.
     sums = lax.optimization_barrier(jnp.sum(products, axis=2))
     return jnp.sum(sums, axis=1)
 
 
 def _block_diagonal(window: jax.Array, vector: jax.Array) -> jax.Array:
-    """``G x`` as the block diagonal of a matrix product, for the CPU.
+    """Computes ``G x`` as the block diagonal of a matrix product, for the CPU.
 
     With rows and vector cut into ``p`` pieces, the matrix of all piece-by-piece
     products contains the wanted ones on its diagonal. It costs ``p`` times the

@@ -1,9 +1,9 @@
-"""Groups of small dense leaves, for an update of fewer and larger kernels.
+"""Groups small dense leaves, so that an update runs fewer and larger kernels.
 
 Most leaves of a network are vectors of a few hundred elements. On a GPU a kernel for
 each takes longer to launch than to run, and every kernel has to be compiled. Their
-windows stay separate in the state; the two passes read a copy that concatenates them.
-Leaves that are sharded over automatic mesh axes are gathered for it.
+windows stay separate in the state; the two passes read a concatenated copy, for which
+leaves that are sharded over automatic mesh axes are gathered.
 """
 
 import math
@@ -17,7 +17,7 @@ from mfac_jax.windows._dense import DenseGradients
 from mfac_jax.windows._protocol import Encoded
 from mfac_jax.windows._storage import may_be_split
 
-# Leaves of fewer elements are small.
+# Leaves with fewer elements are small.
 _SMALL = 2**12
 # Nothing is grouped if the small leaves are a larger share of the windows: the copy
 # would cost too much.
@@ -58,7 +58,7 @@ class Groups(NamedTuple):
     """A partition of the leaves.
 
     Attributes:
-      members: The positions of the leaves of each group; most groups have one.
+      members: The positions of the leaves of each group; most groups have one leaf.
     """
 
     members: list[list[int]]

@@ -20,19 +20,18 @@ class Int8Window(Window):
 
     A leaf is flattened and cut into blocks. A block :math:`x` with
     :math:`s = \max |x| / 127` is stored as :math:`s` and the integers
-    :math:`\mathrm{round}(x / s)`, ties to even; the product of the two is what is
-    preconditioned.
+    :math:`\mathrm{round}(x / s)`, ties to even. Their product is preconditioned.
 
     The window takes about ``num_grads × leaf.size × (1 + 4 / block_size)`` bytes. The
     scales have the dtype of the leaf, float32 at least; the last block is padded. A
-    leaf smaller than a block is one block of its own size.
+    smaller leaf forms one block.
 
     Args:
       block_size: Elements in a block (static), at least 128.
 
     Raises:
       TypeError: If ``block_size`` is not an integer.
-      ValueError: If ``block_size`` is below 128, where the scales take too much.
+      ValueError: If ``block_size`` is below 128, where the scales take too much memory.
 
     Examples:
       >>> import jax.numpy as jnp, mfac_jax
@@ -66,11 +65,20 @@ class Int8Window(Window):
 
 
 class Int8Gradients(NamedTuple):
-    """The window of a leaf; a row of it is the same without the leading axis.
+    """Gradients stored by :class:`~mfac_jax.Int8Window`.
+
+    A row has the same fields without the leading axis.
 
     Attributes:
-      values: the integers, int8, shape ``(m, num_blocks, block_size)``.
-      scales: one per block, shape ``(m, num_blocks)``.
+      values: The integers, int8, shape ``(m, num_blocks, block_size)``.
+      scales: The scale of each block, shape ``(m, num_blocks)``.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> stored = mfac_jax.Int8Window().init(jnp.zeros(200), num_grads=4)
+      >>> row = stored.encode(jnp.full(200, 0.5), jnp.float32).row
+      >>> row.values.shape, row.values[0, 0].item(), row.scales.shape
+      ((2, 128), 127, (2,))
     """
 
     values: jax.Array
@@ -86,7 +94,7 @@ class Int8Gradients(NamedTuple):
         )
         scales = jnp.max(jnp.abs(blocks), axis=1) / _LARGEST
         quotients = blocks / jnp.where(scales > 0, scales, 1)[:, None]
-        # A scale so small that it has lost digits leaves quotients above 127.
+        # A scale so small that it has lost digits gives quotients above 127.
         values = jnp.clip(jnp.round(quotients), -_LARGEST, _LARGEST).astype(jnp.int8)
         row = Int8Gradients(values, scales)
         vector = _storage.from_blocks(_dequantized(row, dtype), gradient.shape)

@@ -1,4 +1,4 @@
-"""How a window is split where mesh axes other than its own split the leaf."""
+"""Layout of windows over the mesh axes that split their leaves."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def trailing_axes(stored: Any, of_leaf: Sequence[Any]) -> dict[str, Sequence[Any
 
 
 def split_as(stored: Any, leaf: jax.Array) -> jax.Array:
-    """Returns a leaf that is split at most as its window is.
+    """Constrains a leaf to be split at most like its window.
 
     Otherwise XLA may gather the window, which is larger.
     """

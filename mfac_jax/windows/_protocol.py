@@ -1,9 +1,4 @@
-"""The window interface: two protocols that every kind of window implements.
-
-A :class:`Window` defines how the gradients of a leaf are stored. It is static, like the
-arguments of the optimizer. Its ``init`` returns the :class:`StoredGradients` of the
-leaf, which are part of the optimizer's state.
-"""
+"""The window interface: two protocols that every kind of window implements."""
 
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -16,8 +11,17 @@ class Encoded(NamedTuple, Generic[_Row]):
     """A gradient as a window stores it.
 
     Attributes:
-      row: what :meth:`StoredGradients.write` puts into the window.
-      vector: the gradient that the row represents, in the shape of the leaf.
+      row: The row for :meth:`StoredGradients.write()
+        <mfac_jax.windows.StoredGradients.write>`, a tree of arrays.
+      vector: The gradient that the row represents, in the shape of the leaf and the
+        dtype of the Gram matrix.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> stored = mfac_jax.DenseWindow(jnp.bfloat16).init(jnp.zeros(2), num_grads=4)
+      >>> encoded = stored.encode(jnp.array([1.0, 1.001]), jnp.float32)
+      >>> encoded.row.values.dtype, encoded.vector.tolist()
+      (dtype(bfloat16), [1.0, 1.0])
     """
 
     row: _Row
@@ -28,38 +32,65 @@ class StoredGradients(Protocol[_Row]):
     """The last ``m`` gradients of a leaf: the rows of ``G``, restricted to the leaf.
 
     Implement it as a :class:`typing.NamedTuple` of arrays, so that the state can be
-    jitted, donated, saved and restored anywhere. Its field names must differ from those
-    of the kinds of this package, by which ``nnx.state`` is read.
+    jitted, donated, saved and restored anywhere. Its set of field names must differ
+    from every built-in kind's, because ``nnx.state`` keeps only the names.
 
-    Arrays that hold gradients have a leading axis of length ``m``, or where the window
-    is split over devices, of a device's share of ``m``. A kind with other arrays names
-    their fields in a class attribute ``not_gradients``. A scalar int32 field
-    whose name begins with ``num_`` is a counter: :func:`mfac_jax.diagnostics` reports
-    its sum over the leaves, and :func:`mfac_jax.drop_windows` keeps it.
+    Arrays that hold gradients have a leading axis of length ``m``, or of a device's
+    share of ``m`` where the window is split over devices. A class attribute
+    ``not_gradients`` lists the fields of other arrays. A scalar int32 field whose name
+    begins with ``num_`` is a counter: :func:`~mfac_jax.diagnostics` reports its sum
+    over the leaves, and :func:`~mfac_jax.drop_windows` keeps it.
 
     ``dtype`` is the dtype of the Gram matrix, float32 or float64, in which all sums are
-    taken. What :meth:`products` and :meth:`combine` see must be exactly what
-    :meth:`encode` returned as ``vector``: a rounding residual outside the span of the
-    window would come back multiplied by ``1 / λ``.
+    taken. ``products`` and ``combine`` must use exactly the values that ``encode``
+    returned as ``vector``: a rounding residual lies outside the span of the window and
+    would come back multiplied by ``1 / λ``.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> stored = mfac_jax.DenseWindow().init(jnp.zeros(2), num_grads=3)
+      >>> encoded = stored.encode(jnp.array([3.0, 4.0]), jnp.float32)
+      >>> stored = stored.write(jnp.int32(0), encoded.row, accepted=jnp.array(True))
+      >>> stored.products(encoded.vector, jnp.float32).tolist()
+      [25.0, 0.0, 0.0]
+      >>> stored.combine(jnp.array([2.0, 0.0, 0.0]), start=jnp.zeros(2)).tolist()
+      [6.0, 8.0]
     """
 
     def mismatch(self, shape: tuple[int, ...]) -> str | None:
-        """Returns the expected shape in words, or ``None`` if ``shape`` fits it."""
+        """Returns the expected shape in words, or ``None`` if ``shape`` fits.
+
+        Args:
+          shape: The shape of a gradient.
+        """
         ...
 
     def encode(self, gradient: jax.Array, dtype: Any) -> Encoded[_Row]:
-        """Returns the gradient as stored, with the vector that it represents.
+        """Returns the gradient as stored, and the vector that it represents.
 
-        A gradient that is not finite may give anything: it is never written.
+        Args:
+          gradient: The gradient of the leaf, in its shape and dtype. The result for a
+            gradient that is not finite does not matter: it is never written.
+          dtype: The dtype of the vector.
         """
         ...
 
     def products(self, vector: jax.Array, dtype: Any) -> jax.Array:
-        """Returns ``G x``, shape ``(m,)``: one pass over the window."""
+        """Returns ``G x``, shape ``(m,)``, in one pass over the window.
+
+        Args:
+          vector: ``x``, in the shape of the leaf.
+          dtype: The dtype of the products.
+        """
         ...
 
     def combine(self, coefficients: jax.Array, start: jax.Array) -> jax.Array:
-        """Returns ``start + cᵀ G`` in the leaf's shape: one pass over the window."""
+        """Returns ``start + cᵀ G``, in one pass over the window.
+
+        Args:
+          coefficients: ``c``, shape ``(m,)``, in the dtype of the Gram matrix.
+          start: The vector to add to, in the shape of the leaf and the same dtype.
+        """
         ...
 
     def write(
@@ -67,28 +98,49 @@ class StoredGradients(Protocol[_Row]):
     ) -> "StoredGradients[_Row]":
         """Returns the window with ``row`` at ``index`` if ``accepted``, else itself.
 
-        Where the window is split, ``index`` is the number of rows on devices that do
-        not hold the row: there only arrays without gradients change.
-        :func:`mfac_jax.windows.write_row` does this, in place, for all arrays with a
-        leading axis of gradients; ``lax.dynamic_update_index_in_dim`` alone would
-        overwrite the last row.
+        :func:`~mfac_jax.windows.write_row` does this in place for all arrays with a
+        leading axis of gradients.
+
+        Args:
+          index: The position of the row, int32 scalar. Where the window is split, it is
+            the number of rows on devices that do not hold the row: there only arrays
+            without gradients change. ``lax.dynamic_update_index_in_dim`` alone would
+            overwrite the last row.
+          row: The row that ``encode`` returned.
+          accepted: Whether to write it, boolean scalar.
         """
         ...
 
 
 @runtime_checkable
 class Window(Protocol):
-    """A storage format for the gradients of a leaf, static.
+    """A storage format for the gradients of a leaf (static).
 
-    Subclass it as a frozen dataclass. Arguments are validated when it is created.
+    Subclass it as a frozen dataclass, and validate its arguments in ``__post_init__``.
+
+    Examples:
+      A window that stores half-precision gradients densely, but no vectors:
+
+      >>> import dataclasses, jax.numpy as jnp, mfac_jax
+      >>> from mfac_jax import windows
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class HalfWindow(windows.Window):
+      ...   def init(self, leaf, num_grads):
+      ...     zeros = jnp.zeros((num_grads, *leaf.shape), jnp.float16)
+      ...     return windows.DenseGradients(zeros)
+      ...   def unsupported(self, leaf, weight_decay=0.0):
+      ...     return 'is a vector' if len(leaf.shape) == 1 else None
+      >>> opt = mfac_jax.scale_by_mfac(4, window=HalfWindow())
+      >>> opt.init({'w': jnp.zeros((2, 3))}).window['w'].values.dtype
+      dtype('float16')
     """
 
     def init(self, leaf: Any, num_grads: int) -> StoredGradients:
         """Returns a window of ``num_grads`` zero gradients.
 
         Args:
-          leaf: the parameter or its :class:`jax.ShapeDtypeStruct`.
-          num_grads: the number of gradients ``m``.
+          leaf: The parameter or its :class:`jax.ShapeDtypeStruct`.
+          num_grads: The number of gradients ``m``, or a device's share of them.
         """
         ...
 
@@ -96,9 +148,9 @@ class Window(Protocol):
         """Returns why the gradients of a leaf cannot be stored, or ``None``.
 
         Args:
-          leaf: the parameter or its :class:`jax.ShapeDtypeStruct`.
-          weight_decay: the rate of coupled weight decay, which makes every gradient of
-            the leaf dense; 0 if there is none or it is traced.
+          leaf: The parameter or its :class:`jax.ShapeDtypeStruct`.
+          weight_decay: The rate of coupled weight decay, which makes every gradient of
+            the leaf dense; 0 if there is none or it is a schedule or traced.
 
         Returns:
           A clause that follows the leaf's path in an error message, such as ``"is

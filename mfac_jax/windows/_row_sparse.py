@@ -1,4 +1,4 @@
-"""Row-sparse storage of the gradients of a table.
+"""Row-sparse storage of gradients.
 
 The mini-batch gradient of an embedding table is zero except in the rows of the tokens
 that occur in the batch.
@@ -21,17 +21,17 @@ from mfac_jax.windows._protocol import Encoded, Window
 class RowSparseWindow(Window):
     """Stores the nonzero rows of a gradient with their indices.
 
-    For leaves with a leading axis of rows, such as embedding tables. Exact while a
-    gradient has at most ``max_rows`` nonzero rows. If it has more, the rows of largest
-    norm are kept, that stored gradient is what is preconditioned, and ``num_dropped``
-    of :func:`~mfac_jax.diagnostics` counts the rows left out.
+    Use it for leaves with a leading axis of rows, such as embedding tables. It is exact
+    while a gradient has at most ``max_rows`` nonzero rows. If a gradient has more, the
+    rows of largest norm are kept and preconditioned, and ``num_dropped`` of
+    :func:`~mfac_jax.diagnostics` counts the others.
 
     The window takes ``num_grads × max_rows × (row size × itemsize + 2)`` bytes for
     tables of up to 65,536 rows. A leaf with fewer than two axes, or with at most
     ``max_rows`` rows, is stored densely.
 
-    The gradient must be sparse when it reaches M-FAC. It is dense if the table is also
-    the output layer, or with coupled weight decay.
+    The gradient must be sparse when it reaches M-FAC. It is dense with coupled weight
+    decay, or if the table is also the output layer.
 
     Args:
       max_rows: Rows kept of each gradient (static), at least 1.
@@ -89,17 +89,24 @@ class RowSparseWindow(Window):
 
 
 class RowSparseGradients(NamedTuple):
-    """The window of a leaf; a row of it is the same without the leading axis.
+    """Gradients stored by :class:`~mfac_jax.RowSparseWindow`.
 
-    The indices of one gradient are distinct and sorted: a gradient with fewer rows is
-    padded with rows that are zero.
+    A row has the same fields without the leading axis. The indices of one gradient are
+    distinct and sorted: a gradient with fewer nonzero rows is padded with zero rows.
 
     Attributes:
-      values: the rows kept, shape ``(m, max_rows, *leaf.shape[1:])``.
-      indices: their places in the leaf, shape ``(m, max_rows)``, in the narrowest
+      values: The rows kept, shape ``(m, max_rows, *leaf.shape[1:])``.
+      indices: Their indices in the leaf, shape ``(m, max_rows)``, in the narrowest
         unsigned integer type that holds them.
-      num_dropped: nonzero rows left out so far, up to the largest int32, shape ``()``;
-        of a row the number that its gradient lost.
+      num_dropped: Nonzero rows dropped so far, int32 scalar that saturates; in a row,
+        the rows dropped from its gradient.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> window = mfac_jax.RowSparseWindow(max_rows=2)
+      >>> stored = window.init(jnp.zeros((1000, 3)), num_grads=4)
+      >>> stored.values.shape, stored.indices.shape, stored.indices.dtype
+      ((4, 2, 3), (4, 2), dtype('uint16'))
     """
 
     values: jax.Array

@@ -1,4 +1,4 @@
-"""Storage that window kinds share: rows written in place, dtypes, blocks."""
+"""Storage helpers of all kinds of windows: in-place row writes, dtypes, blocks."""
 
 import math
 from typing import Any, TypeVar
@@ -16,20 +16,30 @@ def write_row(
 ) -> _Stored:
     """Writes a row into a window in place if it is accepted.
 
-    Choosing the row, not the window, lets XLA write in place, also under ``vmap``.
+    The function selects between rows instead of windows, so that XLA can write in
+    place, also under ``vmap``.
 
     Args:
-      window: a tree of arrays whose leading axis counts gradients.
-      index: the position of the row, int32 scalar; the number of rows if it is on
+      window: A tree of arrays whose leading axis counts gradients.
+      index: The position of the row, int32 scalar; the number of rows if the row is on
         another device.
-      row: a tree like ``window`` without the leading axes.
-      accepted: whether the row replaces the one at ``index``, boolean scalar.
+      row: A tree like ``window`` without the leading axes, in the same dtypes.
+      accepted: Whether the row replaces the one at ``index``, boolean scalar.
 
     Returns:
       The window after the write.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from mfac_jax import windows
+      >>> window, row = jnp.zeros((3, 2)), jnp.ones(2)
+      >>> windows.write_row(window, jnp.int32(1), row, jnp.array(True)).tolist()
+      [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+      >>> windows.write_row(window, jnp.int32(1), row, jnp.array(False)).tolist()
+      [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
     """
     is_here = accepted & (index < jax.tree.leaves(window)[0].shape[0])
-    # The same value, of a type that differs between devices as the window does.
+    # The same value, in a type that varies over devices like the window's.
     row = jax.tree.map(lambda r: lax.select_n(is_here, r, r), row)
 
     def select():
@@ -40,9 +50,9 @@ def write_row(
             lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False), window
         )
 
-    # On the CPU a select would become part of XLA's kernel for the write, which then
-    # reads the window and is not in place (bfloat16 with jax 0.10). On a GPU a
-    # condition would make the host wait.
+    # On the CPU, XLA fuses a select into the kernel of the write, which then reads the
+    # window and is not in place (bfloat16 with jax 0.10). On a GPU, a conditional makes
+    # the host wait.
     chosen = lax.platform_dependent(
         cpu=lambda: lax.cond(is_here, lambda: row, old_row), default=select
     )
@@ -52,7 +62,7 @@ def write_row(
 
 
 def saturating_add(total: jax.Array, number: jax.Array) -> jax.Array:
-    """Adds a nonnegative integer to a counter, which stops at its largest value."""
+    """Adds a nonnegative integer to a counter that saturates."""
     return total + jnp.minimum(number, jnp.iinfo(total.dtype).max - total)
 
 
@@ -62,13 +72,13 @@ def is_explicitly_sharded(leaf: Any) -> bool:
 
 
 def may_be_split(window_axes: tuple[str, ...] = ()) -> bool:
-    """Returns whether a leaf may be sharded where its window is split over devices.
+    """Returns whether a leaf may be sharded over axes other than its window's.
 
-    Types do not show it if the axis is automatic. To reshape such a leaf is to gather
-    it, and of a window that is too much.
+    Types do not show sharding over automatic axes. Reshaping such a leaf gathers it,
+    which is too costly for a window.
 
     Args:
-      window_axes: The axes of the window; inside its passes they are manual.
+      window_axes: The axes of the window, which are manual inside its passes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return bool(window_axes or mesh.manual_axes) and any(
@@ -79,7 +89,7 @@ def may_be_split(window_axes: tuple[str, ...] = ()) -> bool:
 
 
 def sharding_unsupported(leaf: Any) -> str | None:
-    """Returns the reason of a window that cannot follow explicit sharding."""
+    """Returns why a window cannot store an explicitly sharded leaf, or ``None``."""
     if not is_explicitly_sharded(leaf):
         return None
     return (
@@ -89,7 +99,7 @@ def sharding_unsupported(leaf: Any) -> str | None:
 
 
 def float_dtype(dtype: jax.typing.DTypeLike | None, leaf: Any) -> Any:
-    """Returns ``dtype``, or for ``None`` the dtype of the leaf, float32 at least."""
+    """Returns ``dtype``, by default the dtype of the leaf, float32 at least."""
     if dtype is not None:
         return dtype
     dtype = jnp.result_type(leaf)
@@ -114,7 +124,7 @@ def block_shape(size: int, block_size: int) -> tuple[int, int]:
 def block_mismatch(
     blocks: tuple[int, ...], shape: tuple[int, ...], block_size: int
 ) -> str | None:
-    """Returns the expected blocks in words, unless a leaf of ``shape`` has them."""
+    """Returns the expected blocks in words, or ``None`` if ``shape`` has them."""
     if block_shape(math.prod(shape), block_size) == blocks:
         return None
     return f"{blocks[0]} block(s) of {blocks[1]} elements"

@@ -1,4 +1,4 @@
-"""Top-k storage with error feedback: what is left out is added to the next gradient.
+"""Top-k storage with error feedback: adds dropped entries to the next gradient.
 
 Ionut-Vlad Modoranu et al., "Error Feedback Can Accurately Compress Preconditioners",
 2023, https://arxiv.org/abs/2306.06098.
@@ -30,16 +30,16 @@ class TopKWindow(Window):
 
     where :math:`\mathrm{top}_k` keeps the ``⌈density · block⌉`` entries of largest
     magnitude of each block, rounded to ``dtype``. The window stores the sparse
-    :math:`\hat g_t`, and that is what is preconditioned.
+    :math:`\hat g_t`, which is preconditioned.
 
     The window takes about ``num_grads × density × leaf.size × (itemsize + 2)`` bytes
-    for blocks of up to 65,536 elements. The error takes one gradient in the dtype of
-    the leaf, float32 at least.
+    for blocks of up to 65,536 elements. The error takes one more gradient in the dtype
+    of the leaf, float32 at least.
 
     Args:
       density: Share of the entries kept (static), above 0 and at most 1.
-      block_size: Elements in a block (static), at least 1. A leaf smaller than a block
-        is one block of its own size.
+      block_size: Elements in a block (static), at least 1. A smaller leaf forms one
+        block.
       dtype: Storage dtype (static), as in :class:`~mfac_jax.DenseWindow`.
 
     Raises:
@@ -80,7 +80,7 @@ class TopKWindow(Window):
         return _storage.sharding_unsupported(leaf)
 
     def init(self, leaf: Any, num_grads: int) -> "TopKGradients":
-        """Returns a window of ``num_grads`` zero gradients, and no error."""
+        """Returns a window of ``num_grads`` zero gradients and zero error."""
         blocks = _storage.block_shape(math.prod(leaf.shape), self.block_size)
         num_blocks, block_size = blocks
         # 0.07 * 100 is slightly above 7; without the tolerance it would keep 8 of 100.
@@ -95,14 +95,22 @@ class TopKWindow(Window):
 
 
 class TopKGradients(NamedTuple):
-    """The window of a leaf, or one row of it with the error after it.
+    """Gradients stored by :class:`~mfac_jax.TopKWindow`.
+
+    A row has the same fields: ``values`` and ``indices`` without the leading axis, and
+    the error after its gradient.
 
     Attributes:
-      values: the entries kept, shape ``(m, num_blocks, k)``; ``(num_blocks, k)`` for a
-        row.
-      indices: their places in the blocks, sorted, in the narrowest unsigned integer
-        type that holds them, same shape.
-      error: ``ξ``, what is not stored yet, shape ``(num_blocks, block_size)``.
+      values: The entries kept, shape ``(m, num_blocks, k)``.
+      indices: Their sorted indices in the blocks, shape ``(m, num_blocks, k)``, in the
+        narrowest unsigned integer type that holds them.
+      error: ``ξ``, the entries not stored yet, shape ``(num_blocks, block_size)``.
+
+    Examples:
+      >>> import jax.numpy as jnp, mfac_jax
+      >>> stored = mfac_jax.TopKWindow(density=0.5).init(jnp.zeros(6), num_grads=4)
+      >>> stored.values.shape, stored.indices.dtype, stored.error.shape
+      ((4, 1, 3), dtype('uint8'), (1, 6))
     """
 
     values: jax.Array
@@ -161,7 +169,7 @@ class TopKGradients(NamedTuple):
     def _places(self, indices: jax.Array) -> jax.Array:
         """Returns indices into the flattened leaf.
 
-        Those of the zeros that pad the last block are beyond its end.
+        Indices of the padding of the last block are past its end.
         """
         num_blocks, block_size = self.error.shape
         starts = block_size * jnp.arange(num_blocks, dtype=jnp.int32)
