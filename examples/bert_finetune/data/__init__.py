@@ -1,1 +1,1 @@
-"""From texts to batches."""
+"""Reads, tokenizes and batches examples."""

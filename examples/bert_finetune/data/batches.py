@@ -1,4 +1,4 @@
-"""Batches of tokenized examples, in an order set by the seed."""
+"""Padded batches of tokenized examples, shuffled by a seed."""
 
 import collections
 import math
@@ -10,19 +10,19 @@ import numpy as np
 
 from bert_finetune.data.features import Features
 
-# A batch is padded to one of these; each that occurs costs one compilation.
+# Lengths to which batches are padded; each one that occurs is compiled once.
 _LENGTHS = (32, 48, 64, 80, 96, 112, 128, 192, 256, 384, 512)
 _PREFETCHED_BATCHES = 4
 
 
 class TrainData(NamedTuple):
-    """What determines every batch of a training run."""
+    """Determines every batch of a training run."""
 
     features: Features
     batch_size: int  # The last step of an epoch may have fewer examples.
     num_steps: int
-    lengths: Sequence[int]  # To which a batch may be padded, rising.
-    seed: int  # Of the order.
+    lengths: Sequence[int]  # Padded lengths of batches, ascending.
+    seed: int  # Shuffles the examples.
 
     @property
     def steps_per_epoch(self) -> int:
@@ -35,16 +35,16 @@ class TrainData(NamedTuple):
 
 
 def batch_lengths(max_length: int) -> list[int]:
-    """Returns the lengths to which batches are padded, up to ``max_length``."""
+    """Returns the padded lengths of batches, up to ``max_length``."""
     return [length for length in _LENGTHS if length < max_length] + [max_length]
 
 
 def batch_of(
     features: Features, indices: np.ndarray, batch_size: int, lengths: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Returns a batch, padded to the smallest of the lengths that holds its longest.
+    """Returns a batch, padded to the smallest of ``lengths`` that fits its examples.
 
-    ``weights`` is 0 for the rows that fill it up to ``batch_size``.
+    ``weights`` is 0 for the rows that fill the batch up to ``batch_size``.
     """
     filled = np.resize(indices, batch_size)
     starts = features.starts[filled]
@@ -52,7 +52,7 @@ def batch_of(
     length = next(length for length in lengths if length >= sizes.max())
     columns = np.arange(length)
     mask = columns < sizes[:, None]
-    # Behind the last example there is nothing to read.
+    # Padding of the last example would index past the end.
     positions = np.where(mask, starts[:, None] + columns, 0)
     types = np.where(mask, features.token_types[positions], 0)
     return {
@@ -65,7 +65,7 @@ def batch_of(
 
 
 def train_order(train_data: TrainData, start: int = 0) -> Iterator[np.ndarray]:
-    """Yields the examples of each step from ``start`` on, reshuffled every epoch.
+    """Yields the example indices of each step from ``start``, shuffled every epoch.
 
     Seed and step alone determine the order, so a resumed run sees the same batches.
     """
@@ -86,7 +86,7 @@ def train_order(train_data: TrainData, start: int = 0) -> Iterator[np.ndarray]:
 def train_batches(
     train_data: TrainData, start: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the batch of each step from ``start`` on."""
+    """Yields the batch of each step from ``start``."""
     for indices in train_order(train_data, start):
         yield batch_of(
             train_data.features, indices, train_data.batch_size, train_data.lengths
@@ -98,8 +98,9 @@ def max_distinct_tokens(
 ) -> int:
     """Returns a bound on the distinct tokens of a batch, padding included.
 
-    It is that of the first batches, or in a longer run six standard deviations above
-    their mean (the largest of 11,362 batches of QQP lies 4.6 above it).
+    If ``first_batches`` are all batches, their maximum is exact. Otherwise the bound is
+    six standard deviations above their mean, or their maximum if larger (the largest of
+    11,362 batches of QQP is 4.6 above).
     """
     counts = [len(np.unique(batch["input_ids"])) for batch in first_batches]
     if train_data.num_steps <= len(counts):
@@ -110,14 +111,14 @@ def max_distinct_tokens(
 def eval_batches(
     features: Features, batch_size: int, lengths: Sequence[int]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields every example once, in order."""
+    """Yields batches of all examples, each once and in order."""
     for start in range(0, features.num_examples, batch_size):
         indices = np.arange(start, min(start + batch_size, features.num_examples))
         yield batch_of(features, indices, batch_size, lengths)
 
 
 def prefetch(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yields the same, made a few batches ahead on a thread."""
+    """Yields the same batches, built a few ahead on a background thread."""
     iterator, end = iter(batches), object()
     with ThreadPoolExecutor(max_workers=1) as pool:
         coming = collections.deque(

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from bert_finetune.data.sources import check_cache
 
-# What a tokenizer returns of an example, as `datasets` keeps it.
+# Tokenizer outputs per example, as `datasets` stores them.
 TOKEN_COLUMNS = {
     "input_ids": datasets.List(datasets.Value("int32")),
     "token_type_ids": datasets.List(datasets.Value("int8")),
@@ -24,8 +24,8 @@ class Features(NamedTuple):
 
     tokens: np.ndarray  # int32, (tokens,)
     token_types: np.ndarray  # int8, (tokens,): 1 in the second text of a pair.
-    starts: np.ndarray  # int64, (examples + 1,): where each begins, and the end.
-    targets: Mapping[str, np.ndarray]  # Part of each batch: a number per example.
+    starts: np.ndarray  # int64, (examples + 1,): start of each, and the end.
+    targets: Mapping[str, np.ndarray]  # Added to each batch: one value per example.
     pad_token_id: int
 
     @property
@@ -44,7 +44,7 @@ def tokenize(
 ) -> Features:
     """Tokenizes texts or pairs of texts, truncating the longer one first.
 
-    ``max_length`` includes special tokens; ``targets`` are numbers per example.
+    ``max_length`` includes special tokens; ``targets`` holds one value per example.
     """
 
     def encode(batch: Mapping[str, list[str]], _: list[int]) -> dict[str, Any]:
@@ -68,18 +68,18 @@ def map_cached(
     *,
     overwrite_cache: bool = False,
 ) -> datasets.Dataset:
-    """Applies ``encode`` to batches of rows and their numbers.
+    """Applies ``encode`` to batches of rows and their indices.
 
-    The result is kept in the cache of `datasets`, under a name made from the data, the
-    tokenizer and ``key``, which is all else that it depends on.
+    The result is cached by `datasets` under a hash of the data, the tokenizer and
+    ``key``, which must hold everything else that the result depends on.
     """
     datasets.disable_progress_bars()
-    # Not the name that `datasets` would choose, from the tokenizer as it is pickled: it
-    # changes with the first text tokenized.
+    # The default fingerprint hashes the pickled tokenizer, which changes with the first
+    # text tokenized.
     _reset(tokenizer)
     parts = (dataset._fingerprint, tokenizer.backend_tokenizer.to_str(), *key)
     fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-    # It is in memory, where `datasets` would leave the result too.
+    # Without a file name, the result of an in-memory dataset stays in memory.
     file = check_cache() / f"{fingerprint}.arrow"
     tokenize_all = functools.partial(
         dataset.map,
@@ -91,7 +91,7 @@ def map_cached(
         cache_file_name=str(file),
         new_fingerprint=fingerprint,
     )
-    # Of several processes the first to come tokenizes, and the others read.
+    # The first of several processes tokenizes; the others read its result.
     with filelock.FileLock(f"{file}.lock"):
         try:
             result = tokenize_all(load_from_cache_file=not overwrite_cache)
@@ -102,7 +102,7 @@ def map_cached(
 
 
 def _reset(tokenizer: Any) -> None:
-    """Removes the traces of texts tokenized before, which would be saved with it."""
+    """Clears truncation and padding, which would be saved with the tokenizer."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
 
@@ -110,7 +110,7 @@ def _reset(tokenizer: Any) -> None:
 def features_of(
     tokenized: datasets.Dataset, tokenizer: Any, targets: Mapping[str, np.ndarray]
 ) -> Features:
-    """Returns what the token columns of a data set hold."""
+    """Returns the token columns of a dataset as :class:`Features`."""
     tokens, starts = ragged(tokenized, "input_ids")
     token_types, _ = ragged(tokenized, "token_type_ids")
     pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
@@ -118,7 +118,7 @@ def features_of(
 
 
 def ragged(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the lists of a column one behind the other, and where each begins."""
+    """Returns the concatenated lists of a column, and their offsets."""
     lists = dataset.data.column(column).combine_chunks()
     starts = lists.offsets.to_numpy().astype(np.int64)
     return lists.values.to_numpy()[starts[0] : starts[-1]], starts - starts[0]

@@ -1,7 +1,7 @@
-"""Where examples come from: the hub, a directory in its layout, or files.
+"""Reads examples from the Hugging Face Hub, a directory in its layout, or files.
 
-Files are read as they are. Every cell of a .csv or .tsv is a text; a file that is not
-what its ending says is rejected with the row.
+Every cell of a .csv or .tsv is read as text, without conversion. Errors report the row
+or line.
 """
 
 import codecs
@@ -28,22 +28,22 @@ EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 class Source(NamedTuple):
-    """Columns as they were read: lists, or columns of Arrow."""
+    """Columns as read: lists, or Arrow columns."""
 
     columns: Mapping[str, Any]
-    where: str  # For messages.
-    first_row: int = 1  # The number of the first row, for messages.
-    is_text: bool = False  # Whether every cell is a text, whatever it means.
+    where: str  # Names the source in messages.
+    first_row: int = 1  # Number of the first row, for messages.
+    is_text: bool = False  # Whether every cell is text (.csv, .tsv).
 
     def values(self, name: str, max_samples: int | None = None) -> Any:
-        """Returns the first values of a column."""
+        """Returns the first ``max_samples`` values of a column."""
         if name not in self.columns:
             found = ", ".join(map(repr, self.columns))
             raise UserError(f"{self.where} has no column {name!r}; it has {found}.")
         return self.columns[name][:max_samples]
 
     def numbered(self, values: Any) -> Iterator[tuple[str, Any]]:
-        """Yields for each value where it is, for messages, and the value."""
+        """Yields the location of each value, for messages, and the value."""
         if not isinstance(values, list):
             try:
                 values = values.to_pylist()
@@ -54,7 +54,7 @@ class Source(NamedTuple):
             yield f"row {row} of {self.where}", value
 
     def texts(self, name: str, max_samples: int | None = None) -> Any:
-        """Returns the first texts of a column; numbers and dates become theirs."""
+        """Returns the first texts of a column; numbers and dates become strings."""
         values = self.values(name, max_samples)
         is_arrow = not isinstance(values, list)
         kinds = (pa.string(), pa.large_string())
@@ -62,25 +62,25 @@ class Source(NamedTuple):
             try:
                 values.validate(full=True)
             except pa.ArrowException as error:
-                what = f"column {name!r} of {self.where} is not in UTF-8"
+                what = f"column {name!r} of {self.where} is not valid UTF-8"
                 raise UserError(f"{what}: {first_line(error)}.") from error
             return values
         return [_text(value, name, at) for at, value in self.numbered(values)]
 
 
 def dataset_of(texts: Mapping[str, Any]) -> datasets.Dataset:
-    """Returns a data set of these columns."""
+    """Returns a dataset with these columns."""
     return datasets.Dataset(pa.table(dict(texts)))
 
 
 def check_characters(text: str, what: str) -> None:
-    """Raises a UserError for a surrogate, which JSON can escape and UTF-8 not hold."""
+    """Raises a UserError for an unpaired surrogate, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = text[error.start]
+        surrogate = text[error.start]
         raise UserError(
-            f"{what} holds half a character, {half!r}: remove it."
+            f"{what} contains an unpaired surrogate, {surrogate!r}: remove it."
         ) from error
 
 
@@ -98,13 +98,13 @@ def _text(value: Any, column: str, at: str) -> str:
         case datetime.date() | datetime.time():
             return value.isoformat()
     raise UserError(
-        f"column {column!r} must hold a text, {at} has {value!r:.80}: write one, or "
-        "remove the row or the column."
+        f"column {column!r} must contain text, but {at} has {value!r:.80}: replace it, "
+        "or remove the row or the column."
     )
 
 
 def load(name: str, config: str | None, split: str) -> Source:
-    """Loads a split from a directory in the layout of the hub, or from the hub."""
+    """Loads a split from a directory in the Hub's layout, or from the Hub."""
     where = f"the {split} split of {f'{config} in ' if config else ''}{name}"
     directory = Path(name)
     if not directory.is_dir():
@@ -118,10 +118,12 @@ def load(name: str, config: str | None, split: str) -> Source:
     total = max((int(number[2]) for number in numbers if number), default=0)
     if total > len(files):
         found = ", ".join(file.name for file in files)
-        raise UserError(f"{directory} has {found}, but not all {total} parts.")
+        raise UserError(
+            f"{directory} has {len(files)} of {total} parts ({found}): add the rest."
+        )
     if len({file.parent for file in files}) > 1:
         raise UserError(
-            f"{directory} holds {pattern} in more than one folder: give one of them as "
+            f"{directory} has {pattern} in more than one folder: pass one of them as "
             "--dataset_name."
         )
     return _with_rows(Source(_read_parquet(files), where))
@@ -141,18 +143,18 @@ def _load_from_hub(name: str, config: str | None, split: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         needs_config = "Config name is missing" in reason
-        hint = " Give --dataset_config_name." if needs_config else ""
+        hint = " Set --dataset_config_name." if needs_config else ""
         folder = f"{config}/" if config else ""
         raise UserError(
-            f"data set {name!r} is not a local directory, and the Hugging Face Hub "
-            f"could not provide it ({reason}).{hint} Give --dataset_name a directory "
-            f"that holds {folder}{split}-*.parquet, or files of your own."
+            f"dataset {name!r} is not a local directory, and the Hugging Face Hub "
+            f"could not provide it ({reason}).{hint} Set --dataset_name to a directory "
+            f"with {folder}{split}-*.parquet, or pass your own files."
         ) from error
     return {column: dataset.data.column(column) for column in dataset.column_names}
 
 
 def check_cache() -> Path:
-    """Makes a folder in the cache of `datasets`, and blames that if it cannot."""
+    """Returns a folder in the cache of `datasets`, after checking it is writable."""
     directory = Path(datasets.config.HF_DATASETS_CACHE, "tokenized")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -160,18 +162,18 @@ def check_cache() -> Path:
             pass
     except OSError as error:
         raise UserError(
-            f"the cache for data sets, {directory}, cannot be written "
+            f"the dataset cache {directory} is not writable "
             f"({error.strerror}): set HF_DATASETS_CACHE to another directory."
         ) from error
     return directory
 
 
 def load_file(path: str) -> Source:
-    """Loads a file of one of the :data:`EXTENSIONS`."""
+    """Loads a file with one of the :data:`EXTENSIONS`."""
     file, kind = Path(path), Path(path).suffix.lower()
     if kind not in EXTENSIONS:
         known = ", ".join(EXTENSIONS)
-        raise UserError(f"{path} must end in one of {known} to say its format.")
+        raise UserError(f"{path} must end in one of {known}.")
     if not file.is_file():
         raise UserError(f"there is no file {path}.")
     if kind == ".parquet":
@@ -186,25 +188,25 @@ def load_file(path: str) -> Source:
 
 
 def read_text(path: str) -> str:
-    """Reads a file in UTF-8, with or without a byte-order mark."""
+    """Reads a UTF-8 file, with or without a byte-order mark."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        raise UserError(f"{path} is in UTF-16, or no text: save it as UTF-8.")
+        raise UserError(f"{path} is UTF-16 or binary: save it as UTF-8 text.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"line {line} of {path} is not in UTF-8 (byte 0x{data[error.start]:02x}, "
-            "perhaps Latin-1): save it as UTF-8."
+            f"line {line} of {path} is not valid UTF-8 (byte "
+            f"0x{data[error.start]:02x}, perhaps Latin-1): save the file as UTF-8."
         ) from error
 
 
 def _lines(path: str) -> io.StringIO:
-    """Returns the lines of a file; a carriage return ends one if all do so."""
+    """Returns the lines of a file; without line feeds, carriage returns end them."""
     return io.StringIO(_with_line_feeds(read_text(path)), newline="\n")
 
 
@@ -220,13 +222,13 @@ def _csv_rows(path: str) -> Iterator[list[str]]:
     except csv.Error as error:
         reason = str(error)
         if "new-line" in reason:
-            reason = "a carriage return inside a field that is not quoted"
+            reason = "a carriage return inside an unquoted field"
         where = f"line {reader.line_num} of {path}"
-        raise UserError(f"{where}: {reason}. Check its quotes.") from error
+        raise UserError(f"{where}: {reason}. Check the quotes.") from error
 
 
 def _tsv_rows(path: str) -> Iterator[list[str]]:
-    # Quotes are characters like others.
+    # Quotes have no special meaning.
     for line in _lines(path):
         line = line.removesuffix("\n").removesuffix("\r")
         yield line.split("\t") if line else []
@@ -247,21 +249,21 @@ def _columns_of_table(path: str, rows: Iterator[list[str]]) -> dict[str, list[st
         if not row:
             blank = blank or number
             continue
-        if blank:  # Not one of those at the end.
+        if blank:  # Blank rows are allowed at the end only.
             raise UserError(f"row {blank} of {path} is blank: remove it.")
         if len(row) != len(header):
             fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
-            found = f"row {number} has {fields}, the header has {len(header)}"
-            remedy = "quote texts that hold the separator"
+            found = f"row {number} of {path} has {fields}, the header {len(header)}"
+            remedy = "quote texts with commas (.csv), or replace tabs in them (.tsv)"
             if len(row) < len(header):
-                remedy = "complete the row, or remove it"
-            raise UserError(f"{found} in {path}: {remedy}.")
+                remedy = "complete or remove the row"
+            raise UserError(f"{found}: {remedy}.")
         cells.append(row)
     return dict(zip(header, map(list, zip(*cells, strict=True)), strict=False))
 
 
 def _columns_of_json(path: str) -> dict[str, list[Any]]:
-    """Returns the columns of an object on each line, or of a list of objects."""
+    """Returns the columns of JSON Lines, or of a JSON list of objects."""
     text, rows = _with_line_feeds(read_text(path)), []
     if text.lstrip().startswith("["):
         rows = list(enumerate(_parse_json(text, path), start=1))
@@ -271,10 +273,12 @@ def _columns_of_json(path: str) -> dict[str, list[Any]]:
             rows.append((number, _parse_json(line, f"line {number} of {path}")))
     for number, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"row {number} of {path} is no object: {row!r:.80}.")
+            raise UserError(
+                f"row {number} of {path} is not a JSON object: {row!r:.80}."
+            )
     names = dict.fromkeys(name for _, row in rows for name in row)
     for name in names:
-        check_characters(name, f"the name of a column in {path}")
+        check_characters(name, f"a column name in {path}")
     return {name: [row.get(name) for _, row in rows] for name in names}
 
 
@@ -284,14 +288,16 @@ def _parse_json(text: str, at: str) -> Any:
     except (ValueError, RecursionError) as error:
         what = "blank: remove it"
         if text.strip():
-            what = f"not JSON ({error}): an object on each line, or a list of objects"
+            what = (
+                f"not JSON ({error}): write one object per line, or a list of objects"
+            )
         raise UserError(f"{at} is {what}.") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a key occurs twice in an object")
+        raise ValueError("an object has a duplicate key")
     return content
 
 

@@ -1,1 +1,1 @@
-"""Classification and regression: GLUE and files of one's own."""
+"""Classification and regression: GLUE and your own files."""

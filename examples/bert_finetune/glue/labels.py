@@ -1,4 +1,4 @@
-"""The labels of data: whether they are names or numbers, and which one each is."""
+"""Infers whether labels are classes or numbers, and converts them to arrays."""
 
 import collections
 import decimal
@@ -17,28 +17,26 @@ from bert_finetune.errors import UserError
 from bert_finetune.glue.tasks import GlueTask
 
 LABEL = "label"
-# Python reads no more than a few thousand digits.
+# Python's int() takes at most a few thousand digits.
 _INTEGER = re.compile(r"[-+]?\d{1,300}")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 def find_names(source: Source) -> list[str] | None:
-    """Returns the names of the classes, or ``None`` for numbers to predict.
+    """Returns the class names, or ``None`` for regression.
 
-    A class may be called by an integer. Cells of a .csv or .tsv are numbers to predict
-    if all are numbers and one of them is no integer.
+    Names may be integers. Floats are regression targets; so are labels of a .csv or
+    .tsv if all are numbers and at least one is not an integer.
     """
     labels = _stripped(source, source.values(LABEL))
     for at, value in labels:
         if value is None or value == "" or value != value:
             raise UserError(
-                f"{at} has the label {value!r}: write one, or remove the row."
+                f"{at} has the label {value!r}: fill it in, or remove the row."
             )
         if not isinstance(value, str | int | float | decimal.Decimal):
-            raise UserError(
-                f"label {value!r:.80} at {at} is no name or number: write one."
-            )
+            raise UserError(f"label {value!r:.80} at {at} must be a name or a number.")
     names = {str(value) for _, value in labels}
     numbers = set(filter(_NUMBER.fullmatch, names))
     has_decimals = not all(map(_INTEGER.fullmatch, numbers))
@@ -47,32 +45,32 @@ def find_names(source: Source) -> list[str] | None:
         is_odd = not _is_typed_number(value) if are_typed else str(value) not in numbers
         if is_odd:
             raise UserError(
-                f"label {value!r:.80} at {at} is no number, as others are: correct it, "
-                "or remove the row."
+                f"label {value!r:.80} at {at} is not a number, but other labels are: "
+                "correct it, or remove the row."
             )
     if are_typed or (source.is_text and has_decimals):
         if all(float(value).is_integer() for _, value in labels):
-            what = f"the labels of {source.where} are whole numbers, but not written so"
-            print(f"warning: {what}: they are numbers to predict.", file=sys.stderr)
+            what = f"the labels of {source.where} are whole numbers written as decimals"
+            print(f"warning: {what}: they become regression targets.", file=sys.stderr)
         return None
     check_names(sorted(names), source.where)
     if len(names) < 2:
         raise UserError(
             f"the labels of {source.where} must be two or more names or integers, or "
-            f"numbers to predict; all are {labels[0][1]!r}."
+            f"decimal numbers for regression; all are {labels[0][1]!r}."
         )
     _warn_of_spellings(sorted(names), source.where)
     if all(map(_INTEGER.fullmatch, names)):
         return sorted(names, key=lambda name: (int(name), name))
     if all(map(_NUMBER.fullmatch, names)):
-        what = f"the {len(names)} classes of {source.where} are called by numbers"
-        remedy = "to predict numbers, write them without quotes"
+        what = f"the {len(names)} class names of {source.where} are numbers"
+        remedy = "for regression, write them without quotes"
         print(f"warning: {what}, such as {min(names)!r}: {remedy}.", file=sys.stderr)
     return sorted(names)
 
 
 def _stripped(source: Source, values: Any) -> list[tuple[str, Any]]:
-    """Returns labels without blanks around them, each with its place."""
+    """Returns labels with their locations, stripped of whitespace."""
     stripped = []
     for at, value in source.numbered(values):
         if isinstance(value, str):
@@ -83,7 +81,7 @@ def _stripped(source: Source, values: Any) -> list[tuple[str, Any]]:
 
 
 def _warn_of_spellings(names: Sequence[str], where: str) -> None:
-    """Warns of classes whose names may be meant to be the same."""
+    """Warns about names that may be spellings of the same class."""
     seen: dict[Any, str] = {}
     for name in names:
         plain = unicodedata.normalize("NFC", name).casefold()
@@ -99,22 +97,22 @@ def _is_typed_number(value: Any) -> bool:
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Raises a UserError for names that would tear a file of predictions."""
+    """Raises a UserError for names that would break a line of predictions."""
     torn = [name for name in names if re.search(r"[\t\n\r]", name)]
     if torn:
-        what = f"the label {torn[0]!r} of {where} has a tab or a line break"
+        what = f"label {torn[0]!r} of {where} contains a tab or a line break"
         raise UserError(f"{what}: rename it.")
 
 
 def names_of(config: BertConfig) -> list[str]:
-    """Returns the names of a model's labels, in the order of its logits."""
+    """Returns a model's label names, in the order of its logits."""
     return [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
 def match(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
-    """Returns where in ``known`` each name is, or ``None`` if they are not the same.
+    """Returns each name's index in ``known``, or ``None`` if the names differ.
 
-    Case does not count, nor whether `LABEL_1` is called by its number alone.
+    Case is ignored, and `1` matches `LABEL_1`.
     """
     keys, known_keys = list(map(_key, names)), list(map(_key, known))
     if sorted(keys) != sorted(known_keys) or len(set(keys)) < len(keys):
@@ -123,7 +121,7 @@ def match(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
 
 
 def are_generic(names: Sequence[str]) -> bool:
-    """Returns whether the names are those of a model that never was given any."""
+    """Returns whether the names are the defaults `LABEL_0`, `LABEL_1` and so on."""
     return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
 
 
@@ -132,7 +130,7 @@ def _key(name: str) -> str:
 
 
 def to_array(source: Source, values: Any, task: GlueTask) -> np.ndarray:
-    """Returns the labels as float32 numbers, or int32 indices into the task's names."""
+    """Returns float32 regression targets, or int32 indices of the task's classes."""
     if task.is_regression:
         return np.asarray(_numbers(source, values, task.label_range), np.float32)
     names, counts = task.label_names, collections.Counter(map(_key, task.label_names))
@@ -152,7 +150,7 @@ def to_array(source: Source, values: Any, task: GlueTask) -> np.ndarray:
             name = str(int(float(name)))  # 1.0 is 1.
             label = index.get(name, index.get(_key(name)))
         if label is None:
-            hint = " (-1 stands for a label that is not public)" if name == "-1" else ""
+            hint = " (-1 marks labels that are not public)" if name == "-1" else ""
             raise UserError(f"label {value!r:.80} at {at} must be {expected}{hint}.")
         found.append(label)
     return np.asarray(found, np.int32)
@@ -162,7 +160,7 @@ def _numbers(
     source: Source, values: Any, label_range: tuple[float, float] | None
 ) -> list[float]:
     low, high = label_range or (-_LARGEST, _LARGEST)
-    expected = "a number that float32 can hold"
+    expected = "a number in the range of float32"
     if label_range:
         expected = f"a number from {low:g} to {high:g}"
     found = []

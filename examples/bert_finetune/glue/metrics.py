@@ -14,11 +14,11 @@ from sklearn.metrics import (
     mean_squared_error,
 )
 
-_NO_POSITIVES: Any = 0  # Annotated as a string in scikit-learn.
+_NO_POSITIVES: Any = 0  # scikit-learn annotates it as a string.
 
 
 def _correlation(function: Any, labels: np.ndarray, predictions: np.ndarray) -> float:
-    # Undefined where one side is constant, which SciPy warns of.
+    # Undefined if either side is constant; SciPy would warn.
     if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
         return math.nan
     return function(labels, predictions).statistic
@@ -37,9 +37,9 @@ _METRICS = {
 def glue_metrics(
     names: Sequence[str], labels: np.ndarray, predictions: np.ndarray
 ) -> dict[str, float]:
-    """Returns the metrics by name; of more than one score, also their mean.
+    """Returns the metrics by name, and the mean if there are several scores.
 
-    Labels and predictions have shape ``(examples,)``; F1 is that of the label 1.
+    Labels and predictions have shape ``(examples,)``; F1 takes label 1 as positive.
     """
     values = {name: float(_METRICS[name](labels, predictions)) for name in names}
     scores = [value for name, value in values.items() if name != "mse"]

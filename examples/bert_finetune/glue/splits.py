@@ -1,4 +1,4 @@
-"""The task of the flags and its splits, checked."""
+"""Finds the task that the flags name, and loads its splits."""
 
 from typing import Any, NamedTuple
 
@@ -12,14 +12,14 @@ from bert_finetune.errors import UserError
 from bert_finetune.glue import labels
 from bert_finetune.glue.tasks import TASKS, GlueTask, task_of_files
 
-# Columns that number the rows of files.
+# Columns that hold row numbers.
 _ROW_NUMBERS = ("", "id", "idx", "index", "guid", "unnamed: 0", "__index_level_0__")
 
 
 class Split(NamedTuple):
-    """Texts, with int32 indices into the task's label names or float32 numbers.
+    """Texts with labels: int32 class indices, or float32 regression targets.
 
-    The labels of a test split are zeros, which nobody reads.
+    The labels of a test split are zeros and unused.
     """
 
     dataset: datasets.Dataset
@@ -27,10 +27,10 @@ class Split(NamedTuple):
 
 
 def find_task(args: GlueArguments, config: BertConfig) -> GlueTask:
-    """Returns the task that the flags name, or that their data hold.
+    """Returns the task that ``--task_name`` names, or infers one from the data.
 
-    The task of data is that of the training split, and without training the one that
-    the model was trained on.
+    The training split determines the inferred task or, without training, the config of
+    the model.
     """
     name = args.task_name
     if name is not None:
@@ -72,23 +72,23 @@ def _task_of_model(config: BertConfig, source: sources.Source) -> GlueTask:
 
 
 def _find_text_columns(source: sources.Source) -> list[str]:
-    """Returns the usual columns of pairs, or the first two, as in Hugging Face."""
+    """Returns sentence1 and sentence2, else the first columns, like Hugging Face."""
     usual, names = ["sentence1", "sentence2"], set(source.columns) - {labels.LABEL}
     rest = [n for n in source.columns if n in names and n.lower() not in _ROW_NUMBERS]
     texts = usual if names.issuperset(usual) else rest[:2]
     if not texts:
         found = ", ".join(map(repr, source.columns))
-        raise UserError(f"{source.where} has no column of texts; it has {found}.")
+        raise UserError(f"{source.where} has no text column; it has {found}.")
     unused = ", ".join(
         repr(name) for name in source.columns if name in names - {*texts}
     )
     if unused:
-        print(f"Columns of {source.where} that are not used: {unused}.")
+        print(f"Unused columns of {source.where}: {unused}.")
     return texts
 
 
 def _load(args: GlueArguments, split: str) -> sources.Source:
-    """Loads a split; the first word of its name in GLUE says which file it is."""
+    """Loads a split; ``validation_matched`` is in ``--validation_file``, if given."""
     file: str | None = getattr(args, f"{split.split('_')[0]}_file")
     if file is not None:
         return sources.load_file(file)
@@ -100,7 +100,7 @@ def _load(args: GlueArguments, split: str) -> sources.Source:
 def load_split(
     args: GlueArguments, task: GlueTask, split: str, max_samples: int | None
 ) -> Split:
-    """Loads the first examples of a split and checks its texts and labels."""
+    """Loads the first examples of a split and validates its texts and labels."""
     source = _load(args, split)
     texts = {name: source.texts(name, max_samples) for name in task.text_columns}
     dataset = sources.dataset_of(texts)

@@ -1,4 +1,4 @@
-"""The task of run_glue: a GLUE task, or classification and regression on your files."""
+"""The task of run_glue: classification or regression, on GLUE or your own files."""
 
 import time
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ _PROBLEM_TYPES = {False: "single_label_classification", True: "regression"}
 
 
 class Classification:
-    """A classifier, or a regression, with its data; implements `training.task.Task`."""
+    """Classification or regression with its data; implements `training.task.Task`."""
 
     def __init__(self, args: GlueArguments):
         directory = hub.resolve_model(args.model_name_or_path)
@@ -51,7 +51,7 @@ class Classification:
         model.notes.extend(notes)
         if len(task.text_columns) > 1:
             pretrained.check_pairs(model.config, directory)
-        # What a later evaluation or prediction must know.
+        # Later evaluations and predictions need these.
         model.config.update(
             {
                 "problem_type": _PROBLEM_TYPES[task.is_regression],
@@ -67,16 +67,16 @@ class Classification:
         options = {"is_regression": task.is_regression}
         self.loss = losses.label_loss(apply, **options)
         self._scores = devices.spread(losses.label_scores(apply, **options))
-        # The model's label for each label of the data.
+        # Index of the model's label, by the data's label index.
         self._model_labels = np.array(order)
         self._load_splits()
 
     def _load_splits(self) -> None:
-        """Loads the splits that the flags need, so that a bad one shows early."""
+        """Loads the splits that the flags need, so that bad data fails early."""
         args, task = self.args, self._task
 
         def load(names: Mapping[str, str], file: str | None, max_samples: int | None):
-            # A file stands for one split, whatever the task has.
+            # A file is a single split, even if the task has several.
             chosen = list(names)[:1] if file is not None else names
             return {
                 name: splits.load_split(args, task, name, max_samples)
@@ -111,13 +111,13 @@ class Classification:
         return self._features(self._train)
 
     def _result_names(self) -> list[str]:
-        """Returns the names of the metrics over all evaluation splits."""
+        """Returns the metric names of all evaluation splits."""
         names, task = list(self._task.metrics), self._task
         names += ["combined_score"] if len(names) > 1 else []
         return [name + ending for ending in task.eval_splits.values() for name in names]
 
     def describe(self) -> Description:
-        """Returns what to call the run in its reports."""
+        """Returns the names that reports use for the run."""
         return Description(
             self.args.data_name,
             self.args.train_file or self.args.dataset_name or "",
@@ -147,27 +147,27 @@ class Classification:
     def _predictions(
         self, params: bert.Params, features: Features
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns losses and predictions, these in the labels of the data."""
+        """Returns losses, and predictions as label indices of the data."""
         batch_size, lengths = eval_batch_size(self.args), padded_lengths(self.args)
         batches = eval_batches(features, batch_size, lengths)
         found = [self._scores(params, batch) for batch in prefetch(batches)]
-        # The last batch is filled up.
+        # The last batch is padded.
         losses_, predictions = (
             np.concatenate(column)[: features.num_examples]
             for column in zip(*found, strict=True)
         )
         if not np.all(np.isfinite(losses_)):
-            raise UserError("the logits of the model are not finite: it is of no use.")
+            raise UserError("the model's logits are not finite: it cannot be used.")
         return losses_, self._in_data(predictions)
 
     def _in_data(self, labels: np.ndarray) -> np.ndarray:
-        """Returns the model's labels, or predictions, as they are in the data."""
+        """Converts the model's label indices to the data's; keeps regression values."""
         if self._task.is_regression:
             return labels
         return np.argsort(self._model_labels)[labels]
 
     def predict(self, params: bert.Params) -> None:
-        """Writes the predictions in the format of GLUE."""
+        """Writes the predictions in GLUE's format."""
         task = self._task
         for split, features in self._test_features.items():
             _, predictions = self._predictions(params, features)
@@ -193,22 +193,22 @@ def _data_of(args: GlueArguments) -> str:
 def _labels_of_model(
     args: GlueArguments, config: BertConfig, task: GlueTask
 ) -> tuple[list[str], list[int], list[str]]:
-    """Returns the names of the model's labels, which each of the task's is, and notes.
+    """Returns the model's label names, the index of each task label in them, and notes.
 
-    A model that knows the task's labels in another order or case keeps its own.
+    A model that has the task's labels in another order or case keeps its own.
     """
     known, names, notes = labels.names_of(config), list(task.label_names), []
     labels.check_names(names, _data_of(args))
     if args.task_name is None:
         shown = "numbers" if task.is_regression else ", ".join(names)
         texts = " and ".join(task.text_columns)
-        notes.append(f"Texts are {texts}, labels {shown}.")
+        notes.append(f"Text columns: {texts}. Labels: {shown}.")
     order, is_generic = labels.match(names, known), labels.are_generic(known)
-    if task.is_regression and len(known) == 1:  # Whatever it calls them.
+    if task.is_regression and len(known) == 1:  # Its name does not matter.
         order = [0]
     if order is None and not is_generic:
         notes.append(
-            f"The model was trained on other labels ({', '.join(known)}) than those of "
+            f"The labels of the model ({', '.join(known)}) differ from the labels of "
             f"{_data_of(args)} ({', '.join(names)})."
         )
     if order is None:

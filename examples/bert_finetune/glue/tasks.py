@@ -1,20 +1,20 @@
-"""The nine GLUE tasks, and a task made of your own files."""
+"""The nine GLUE tasks, and a task for your own files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
 class GlueTask(NamedTuple):
-    """A task of classification, or of regression if it has one label only."""
+    """A classification task, or a regression task if it has a single label."""
 
     text_columns: Sequence[str]  # One or two.
-    label_names: Sequence[str]  # In the order of the labels in the data.
+    label_names: Sequence[str]  # In the order of the data's label indices.
     metrics: Sequence[str]  # As GLUE reports them.
-    eval_splits: Mapping[str, str]  # Split -> the ending of its results.
-    test_splits: Mapping[str, str]  # Split -> the file of predictions.
-    writes_names: bool = False  # Whether predictions are names of labels.
-    is_numbered: bool = False  # Whether data may call labels by their numbers.
-    label_range: tuple[float, float] | None = None  # Of a regression; None is any.
+    eval_splits: Mapping[str, str]  # Split -> suffix of its metrics.
+    test_splits: Mapping[str, str]  # Split -> its prediction file.
+    writes_names: bool = False  # Whether predictions are label names.
+    is_numbered: bool = False  # Whether data may use label indices.
+    label_range: tuple[float, float] | None = None  # Regression only; None: any.
 
     @property
     def is_regression(self) -> bool:
@@ -64,7 +64,7 @@ TASKS = {
 
 
 def task_of_files(text_columns: Sequence[str], label_names: Sequence[str]) -> GlueTask:
-    """Returns the task of data that have these columns and labels."""
+    """Returns the task of data with these columns and labels."""
     regression = ("mse", "pearson", "spearmanr")
     return GlueTask(
         text_columns,

@@ -1,1 +1,1 @@
-"""BERT in Flax and the files it is read from and written to."""
+"""BERT in Flax, and its checkpoint files."""

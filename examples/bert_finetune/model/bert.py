@@ -1,8 +1,8 @@
 """BERT in Flax NNX, driven by the config of a Hugging Face checkpoint.
 
-Attributes carry the names of Hugging Face's modules, so the path of a parameter here is
-its name there (`pretrained.py` has the three differences). The models are built once
-for their structure; training works on a nested dict of arrays and the pure function
+Attributes have the names of Hugging Face's modules, so a parameter's path is its name
+in a checkpoint, except for the differences listed in `pretrained.py`. Modules are built
+once for their structure; training uses a nested dict of arrays and the pure function
 that :func:`make_apply` returns.
 """
 
@@ -20,19 +20,19 @@ from bert_finetune.errors import UserError
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
-# (params, batch, dropout_key) -> the model's output; no key, no dropout.
+# (params, batch, dropout_key) -> output; a key of None turns dropout off.
 Apply = Callable[[Params, Batch, jax.Array | None], Any]
 
 WORD_TABLE = "word_embeddings"
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    """Returns the exact GELU, by erf: `jax.nn.gelu` takes erfc, slower on a CPU."""
+    """Returns the exact GELU by erf; `jax.nn.gelu` uses erfc, slower on a CPU."""
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    # Keeps only its input for the backward pass: 32 MB less at batch 32, length 128.
+    # Saves only its input for the backward pass: 32 MB less at batch 32, length 128.
     "gelu": jax.checkpoint(_gelu),
     "gelu_new": functools.partial(nnx.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(nnx.gelu, approximate=True),
@@ -44,7 +44,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class _Layers:
-    """Constructors of the layers, initialized and normalized as in Hugging Face."""
+    """Layer constructors with the initializers and LayerNorm of Hugging Face."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs, **dtypes: Any):
         size, common = config.hidden_size, {**dtypes, "rngs": rngs}
@@ -54,7 +54,7 @@ class _Layers:
         self.embed = functools.partial(
             nnx.Embed, features=size, embedding_init=initializer, **common
         )
-        # E[x²] − E[x]² loses the digits of a small variance.
+        # E[x²] − E[x]² loses precision if the variance is small.
         self.norm = functools.partial(
             nnx.LayerNorm,
             size,
@@ -86,7 +86,7 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertSelfAttention(nnx.Module):
-    """Multi-head attention among the tokens that the mask lets through."""
+    """Multi-head self-attention over the unmasked tokens."""
 
     def __init__(self, layers: _Layers):
         size = layers.config.hidden_size
@@ -105,8 +105,8 @@ class BertSelfAttention(nnx.Module):
         query, key, value = (
             heads(project(hidden)) for project in (self.query, self.key, self.value)
         )
-        # Not jax.nn.dot_product_attention: its softmax is float32 also for float64,
-        # and it has no dropout.
+        # jax.nn.dot_product_attention has no dropout, and its softmax is float32 even
+        # for float64.
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
@@ -116,7 +116,7 @@ class BertSelfAttention(nnx.Module):
 
 
 class BertResidual(nnx.Module):
-    """Projection, dropout, residual sum and LayerNorm: the end of either half."""
+    """Projection, dropout, residual connection and LayerNorm; ends each sub-block."""
 
     def __init__(self, layers: _Layers, in_features: int):
         self.dense = layers.linear(in_features, layers.config.hidden_size)
@@ -128,7 +128,7 @@ class BertResidual(nnx.Module):
 
 
 class BertAttention(nnx.Module):
-    """Self-attention and its residual."""
+    """Self-attention and its residual connection."""
 
     def __init__(self, layers: _Layers):
         self.self = BertSelfAttention(layers)  # Hugging Face's name for it.
@@ -140,7 +140,7 @@ class BertAttention(nnx.Module):
 
 
 class BertIntermediate(nnx.Module):
-    """The widening half of the feed-forward network."""
+    """First layer and activation of the feed-forward network."""
 
     def __init__(self, layers: _Layers):
         config = layers.config
@@ -152,7 +152,7 @@ class BertIntermediate(nnx.Module):
 
 
 class BertLayer(nnx.Module):
-    """One transformer block, normalized after each residual."""
+    """One post-LayerNorm transformer block."""
 
     def __init__(self, layers: _Layers):
         self.attention = BertAttention(layers)
@@ -165,7 +165,7 @@ class BertLayer(nnx.Module):
 
 
 class BertEncoder(nnx.Module):
-    """The stack of blocks."""
+    """The stack of transformer blocks."""
 
     def __init__(self, layers: _Layers):
         self.layer = nnx.List(
@@ -179,7 +179,7 @@ class BertEncoder(nnx.Module):
 
 
 class BertPooler(nnx.Module):
-    """The first token, projected."""
+    """Linear layer and tanh on the first token."""
 
     def __init__(self, layers: _Layers):
         self.dense = layers.linear(layers.config.hidden_size, layers.config.hidden_size)
@@ -199,8 +199,8 @@ class BertModel(nnx.Module):
 
     def __call__(self, batch, **mode):
         hidden, mask = self.embeddings(batch, **mode), batch["attention_mask"] > 0
-        # Flat, so that weight gradients are plain matmuls: steps on a CPU are 10 %
-        # faster than with a contraction of two axes.
+        # Flattened, so that weight gradients are plain matmuls: CPU steps are 10 %
+        # faster than with a contraction over two axes.
         tokens = hidden.reshape(-1, hidden.shape[-1])
         tokens = self.encoder(tokens, mask[:, None, None, :], **mode)
         return tokens.reshape(hidden.shape)
@@ -240,25 +240,27 @@ ModelClass = type[BertForSequenceClassification] | type[BertForQuestionAnswering
 
 
 def check_config(config: BertConfig, source: Any = "config.json") -> None:
-    """Raises a UserError that names what this BERT does not support."""
+    """Raises a UserError for a config that this BERT does not support."""
     problem, size, heads = None, config.hidden_size, config.num_attention_heads
     positions = getattr(config, "position_embedding_type", None)
     if config.hidden_act not in ACTIVATIONS:
-        problem = f"hidden_act {config.hidden_act!r}, not {', '.join(ACTIVATIONS)}"
+        problem = (
+            f"hidden_act {config.hidden_act!r}, not one of {', '.join(ACTIVATIONS)}"
+        )
     if positions not in (None, "absolute"):
         problem = f"position_embedding_type {positions!r}, not 'absolute'"
     if config.is_decoder or config.add_cross_attention:
-        problem = "a decoder (is_decoder or add_cross_attention), not an encoder"
+        problem = "is_decoder or add_cross_attention set"
     if size % heads:
-        problem = f"hidden_size {size}, no multiple of num_attention_heads {heads}"
+        problem = f"hidden_size {size}, not a multiple of num_attention_heads {heads}"
     if problem is not None:
-        raise UserError(f"{source} has {problem}: this is not supported.")
+        raise UserError(f"{source} is not supported: it has {problem}.")
 
 
 def init_params(
     config: BertConfig, model_class: ModelClass, seed: int, dtype: Any = jnp.float32
 ) -> Params:
-    """Returns new parameters, a nested dict of arrays with string keys."""
+    """Initializes parameters, a nested dict of arrays with string keys."""
     model = model_class(config, nnx.Rngs(seed), param_dtype=dtype)
     return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
@@ -272,9 +274,9 @@ def make_apply(
     """Returns the model as a pure function ``(params, batch, dropout_key) -> output``.
 
     ``batch`` holds ``input_ids``, ``attention_mask`` and ``token_type_ids``, each of
-    shape ``(batch, length)``; ``dropout_key`` ``None`` turns dropout off. ``dtype`` is
-    the dtype of the computation, by default the parameters' own; softmax, the
-    statistics of LayerNorm and the loss are at least float32.
+    shape ``(batch, length)``. A ``dropout_key`` of ``None`` turns dropout off.
+    ``dtype`` is the dtype of the computation, by default the dtype of the parameters;
+    softmax, the statistics of LayerNorm and the loss are at least float32.
     """
     dtypes = {"param_dtype": param_dtype, "dtype": dtype}
     graph, abstract = nnx.split(
@@ -292,7 +294,7 @@ def make_apply(
 
 
 def decay_mask(params: Params) -> Any:
-    """Marks what decays: all but biases and LayerNorm weights, as in Hugging Face."""
+    """Marks leaves to decay: all except biases and LayerNorm, as in Hugging Face."""
 
     def decays(path, _):
         return path[-1].key != "bias" and not any(p.key == "LayerNorm" for p in path)
@@ -308,11 +310,11 @@ def is_word_table(params: Params) -> Any:
 
 
 def touched_rows(max_tokens: int, max_length: int) -> dict[str, int]:
-    """Returns by embedding table the maximum of rows in the gradient of a batch.
+    """Returns the maximum number of nonzero gradient rows, by embedding table.
 
     Args:
-      max_tokens: maximum of distinct tokens in a batch.
-      max_length: maximum of tokens in an example.
+      max_tokens: maximum number of distinct tokens in a batch.
+      max_length: maximum number of tokens in an example.
     """
     return {WORD_TABLE: max_tokens, "position_embeddings": max_length}
 

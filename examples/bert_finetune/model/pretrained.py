@@ -1,8 +1,8 @@
-"""Hugging Face model directories, read and written.
+"""Reads and writes Hugging Face model directories.
 
-They are read as they are on the hub, and written so that `transformers` loads them.
-Parameter names are Hugging Face's module names (`bert.py`). What differs is the
-last part, and linear layers are stored transposed.
+Directories are read as they are on the Hub, and written so that `transformers` loads
+them. Parameter paths are Hugging Face's names (`bert.py`), except that ``kernel``,
+``embedding`` and ``scale`` are stored as ``weight``, and linear layers transposed.
 """
 
 import json
@@ -24,24 +24,24 @@ from bert_finetune.errors import UserError, first_line
 from bert_finetune.model import bert
 from bert_finetune.model.torch_checkpoint import read_torch_checkpoint
 
-# Names of TensorFlow, and of an encoder alone -> those of a model with a head.
+# Names in TensorFlow and in bare encoders -> names in a model with a head.
 _RENAMED = {
     r"LayerNorm\.gamma$": "LayerNorm.weight",
     r"LayerNorm\.beta$": "LayerNorm.bias",
     r"^(embeddings|encoder|pooler)\.": r"bert.\1.",
 }
-# What a fine-tuning model adds to the encoder, and may have to initialize.
+# Parts that a checkpoint may lack; the seed initializes them.
 _NEW_PARTS = {
     "bert.pooler.": "pooler",
     "classifier.": "classification head",
     "qa_outputs.": "question-answering head",
 }
-# Names under which BERT's tokenizer is saved.
+# Values of `tokenizer_class` for BERT's tokenizer.
 _TOKENIZERS = (
     *("BertTokenizer", "BertTokenizerFast"),
     *("PreTrainedTokenizerFast", "TokenizersBackend"),
 )
-# What else a checkpoint may hold.
+# Parts of a checkpoint that are ignored.
 _IGNORED = {
     r"(cls|classifier|qa_outputs)\.": "a head of another task",
     r"bert\.pooler\.": "a pooler, which this model does not have",
@@ -56,7 +56,7 @@ class Pretrained(NamedTuple):
     config: BertConfig  # With the labels of the task.
     tokenizer: PreTrainedTokenizerBase
     model_class: bert.ModelClass
-    notes: list[str]  # A sentence for each thing ignored or initialized.
+    notes: list[str]  # A sentence per ignored or initialized part.
 
 
 def load_pretrained(
@@ -70,9 +70,9 @@ def load_pretrained(
 ) -> Pretrained:
     """Reads config, tokenizer and weights of a model.
 
-    ``label_names`` replace the labels of the config, in the order of the logits. The
-    seed initializes what the checkpoint lacks of the pooler and the head, and with
-    ``ignore_mismatched_sizes`` what has another shape. ``task`` is for messages.
+    ``label_names`` replaces the labels of the config, in the order of the logits. The
+    seed initializes a missing pooler or head and, with ``ignore_mismatched_sizes``,
+    tensors of another shape. ``task`` is for messages.
     """
     config = read_config(directory)
     if label_names is not None:
@@ -85,9 +85,9 @@ def load_pretrained(
             f"vocab_size {config.vocab_size} of its config.json."
         )
     tensors, notes = read_tensors(directory), []
-    if all(name.startswith("module.") for name in tensors):  # Of torch's DataParallel.
+    if all(name.startswith("module.") for name in tensors):  # torch's DataParallel.
         tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
-        notes.append("Names in the checkpoint begin with module., which is left out.")
+        notes.append("The prefix module. of the names in the checkpoint is removed.")
     params, more_notes = params_from_tensors(
         tensors,
         bert.init_params(config, model_class, seed),
@@ -100,7 +100,7 @@ def load_pretrained(
 
 
 def read_config(directory: Path) -> BertConfig:
-    """Reads `config.json`; one without ``model_type`` is taken for BERT's."""
+    """Reads `config.json`; without ``model_type`` it is taken as BERT."""
     path = directory / "config.json"
     try:
         entries = json.loads(path.read_text())
@@ -109,7 +109,7 @@ def read_config(directory: Path) -> BertConfig:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(entries, dict):
-        raise UserError(f"{path} must hold a JSON object.")
+        raise UserError(f"{path} must contain a JSON object.")
     model_type = entries.pop("model_type", "bert")
     if model_type != "bert":
         what = f"model_type {model_type!r}"
@@ -118,7 +118,7 @@ def read_config(directory: Path) -> BertConfig:
         config = BertConfig.from_dict(entries)
     except Exception as error:
         reason = str(error.__cause__ or error).strip()
-        raise UserError(f"{path} cannot be used: {reason}") from error
+        raise UserError(f"{path} is not a valid BERT config: {reason}") from error
     bert.check_config(config, path)
     return config
 
@@ -133,7 +133,7 @@ def check_pairs(config: BertConfig, source: Any) -> None:
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Reads the fast tokenizer from its own files or from `vocab.txt` alone."""
+    """Reads the fast tokenizer from its files, or from `vocab.txt` alone."""
     names = ("vocab.txt", "tokenizer.json")
     if not any((directory / name).exists() for name in names):
         raise UserError(f"{directory} has no tokenizer: neither {' nor '.join(names)}.")
@@ -159,7 +159,7 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_special_tokens(tokenizer: Any, directory: Path) -> None:
-    """Rejects a vocabulary without them: they would be added, and shift the others."""
+    """Rejects a vocabulary that lacks them: adding them would shift the other ids."""
     vocabulary = directory / "vocab.txt"
     if not vocabulary.exists() or (directory / "tokenizer.json").exists():
         return
@@ -168,11 +168,11 @@ def _check_special_tokens(tokenizer: Any, directory: Path) -> None:
     missing = [token for token in (*needed, tokenizer.pad_token) if token not in tokens]
     if missing:
         what = f"{vocabulary} has no token {missing[0]}"
-        raise UserError(f"{what}: take the one of the checkpoint.")
+        raise UserError(f"{what}: use the vocab.txt of the checkpoint.")
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """Reads the weights under the names of the file."""
+    """Reads the weights, under the names in the file."""
     for name, read in _WEIGHTS.items():
         path, index = directory / name, directory / f"{name}.index.json"
         if path.exists():
@@ -186,7 +186,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(path)
-    except Exception as error:  # Also for a type that NumPy does not have.
+    except Exception as error:  # Also raised for dtypes that NumPy lacks.
         what = f"{path} cannot be read: {first_line(error)}"
         raise UserError(f"{what}. Download it again.") from error
 
@@ -194,7 +194,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _read_parts(
     index: Path, read: Callable[[Path], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Reads each tensor from the file that an index names."""
+    """Reads each tensor from the file that the index names."""
     try:
         files = {
             k: str(v) for k, v in json.loads(index.read_text())["weight_map"].items()
@@ -224,8 +224,8 @@ def params_from_tensors(
 ) -> tuple[bert.Params, list[str]]:
     """Fills parameters from the tensors of a checkpoint.
 
-    ``new_params`` give names and shapes, and stay where the checkpoint has no pooler or
-    no head. Returns also a sentence for each thing ignored or initialized.
+    ``new_params`` gives names and shapes, and the values of a missing pooler or head.
+    Also returns a sentence per ignored or initialized part.
     """
     tensors = {_canonical_name(name): tensor for name, tensor in tensors.items()}
     flat_params: Any = traverse_util.flatten_dict(new_params, sep=".")
@@ -241,7 +241,7 @@ def params_from_tensors(
             else:
                 new.add(f"The checkpoint has no {part}: initialized from the seed.")
         elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-            problems.append(f"{name} holds {tensor.dtype} numbers")
+            problems.append(f"{name} has dtype {tensor.dtype}, expected a float dtype")
         elif tensor.shape != shape:
             mismatched.append(f"{name} has shape {tensor.shape}, expected {shape}")
         else:
@@ -261,14 +261,14 @@ def params_from_tensors(
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         what = f"the weights in {source} do not fit {task}"
-        hint = " --ignore_mismatched_sizes initializes those of other shapes."
+        hint = " --ignore_mismatched_sizes initializes tensors of another shape."
         raise UserError(f"{what}: {shown}{more}.{hint if mismatched else ''}")
     params = traverse_util.unflatten_dict(flat_params, sep=".")
     return params, [*sorted(ignored), *sorted(new)]
 
 
 def tensors_from_params(params: bert.Params) -> dict[str, np.ndarray]:
-    """Returns the parameters under Hugging Face's names, in its layout."""
+    """Returns the parameters in Hugging Face's layout, under its names."""
     flat_params: Any = traverse_util.flatten_dict(jax.device_get(params), sep=".")
     return {
         _tensor_name(path): np.ascontiguousarray(x.T if path.endswith(".kernel") else x)
@@ -286,7 +286,7 @@ def save_pretrained(directory: Path, model: Pretrained) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
-            # Not save_file: it makes the file unreadable for other users.
+            # save_file would make the file unreadable for other users.
             weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
             Path(staging, "model.safetensors").write_bytes(weights)
             model.config.save_pretrained(staging)

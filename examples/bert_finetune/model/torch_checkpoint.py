@@ -1,9 +1,9 @@
 """Reads `pytorch_model.bin` without torch and without trusting it.
 
 `torch.save` writes a zip archive: a pickle that describes the tensors, and one file of
-raw numbers per storage. Unpickling can run any code, so only the names that rebuild
-tensors are let through, and even those stand for plain records of ours: arrays are made
-from the records afterwards.
+raw values per storage. Unpickling can run arbitrary code, so only the names that
+rebuild tensors are allowed. They resolve to plain records, from which the arrays are
+built afterwards.
 """
 
 import collections
@@ -32,7 +32,7 @@ _DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-# What zipfile, pickle and NumPy raise for a damaged file.
+# Raised by zipfile, pickle and NumPy for a damaged file.
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError),
     *(ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError),
@@ -66,8 +66,8 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise UserError(
-                f"it asks for {module}.{name}, and only tensors are read from it; "
-                "nothing was executed. Use a model.safetensors of the same model."
+                f"it refers to {module}.{name}, but only tensors are read; nothing was "
+                "executed. Use a model.safetensors of the same model."
             )
         return _ALLOWED[module, name]
 
@@ -99,7 +99,7 @@ def read_torch_checkpoint(path: Path) -> dict[str, np.ndarray]:
 def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise UserError("it is a zip archive, but not one that torch.save wrote.")
+        raise UserError("it is a zip archive, but was not written by torch.save.")
     folder = pickles[0].removesuffix("data.pkl")
     byte_order = f"{folder}byteorder"
     if byte_order in archive.namelist() and archive.read(byte_order) != b"little":
@@ -116,7 +116,7 @@ def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     tensors = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise UserError(f"entry {name!r} is not a tensor, as all have to be.")
+            raise UserError(f"entry {name!r} is not a tensor.")
         tensors[name] = _as_array(name, tensor, read_storage(tensor.storage))
     return tensors
 
@@ -124,7 +124,7 @@ def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
 def _as_array(name: str, tensor: _Tensor, storage: np.ndarray) -> np.ndarray:
     _, offset, shape, strides = tensor
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    # NumPy would believe any numbers.
+    # as_strided does not check bounds.
     if min([offset, *shape, *strides]) < 0 or (0 not in shape and last >= storage.size):
         raise UserError(f"tensor {name} reaches outside its storage.")
     return np.lib.stride_tricks.as_strided(

@@ -1,1 +1,1 @@
-"""What a run says of itself."""
+"""Metrics, plots and the model card of a run."""

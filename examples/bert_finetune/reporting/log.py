@@ -13,18 +13,18 @@ from tqdm import tqdm
 from bert_finetune.files import append_json_line, read_json_lines, write_json_lines
 
 METRICS_FILE = "metrics.jsonl"
-# Left out on the console.
+# Not shown on the console.
 _NOT_SHOWN = re.compile("^num_|^effective_rank|_samples|_runtime|_per_second")
 _AVERAGED = ("loss", "accuracy")
-# Seconds that a running TensorBoard lags behind at most.
+# Maximum lag of a running TensorBoard, in seconds.
 _TENSORBOARD_SECONDS = 10
 
 
 class Log:
     """Writes a line every few steps, for the first and last, and for each evaluation.
 
-    A resumed run starts after ``start`` steps, with what :meth:`state` returned there;
-    later lines are dropped.
+    A resumed run starts after ``start`` steps; ``saved`` is what :meth:`state` returned
+    there, and later lines are dropped.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Log:
         self._start, self._num_steps = start, num_steps
         self._steps_per_epoch = steps_per_epoch
         self._logging_steps = logging_steps
-        # Sums are those since the last line.
+        # Sums cover the steps since the last line.
         new = {"num_lines": 0, "sums": {}, "num_summed": 0, "total_loss": 0.0}
         self._state: dict[str, Any] = {**new, "last": {}, **saved}
         lines = read_json_lines(self._path) if self._path.exists() else []
@@ -64,7 +64,7 @@ class Log:
                 str(directory / "runs"),
                 purge_step=start + 1,
                 flush_secs=_TENSORBOARD_SECONDS,
-                # The library's own names repeat within a second, and it overwrites.
+                # Default names repeat within a second; the later file would overwrite.
                 filename_suffix=f".{time.time_ns()}",
             )
 
@@ -77,7 +77,7 @@ class Log:
             self._tensorboard.close()
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint has to keep."""
+        """Returns the state to save in a checkpoint."""
         return self._state
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The model card: a README.md that says how a model was trained and how good it is."""
+"""Writes the model card: a README.md with a model's results and its training."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from bert_finetune.arguments import Arguments
 from bert_finetune.files import write_text
 
-# Flags that a reader looks for, whether or not they have their default.
+# Flags that are listed even with their default.
 _ALWAYS_NAMED = frozenset(
     "doc_stride learning_rate lr_scheduler_type max_seq_length num_train_epochs "
     "per_device_eval_batch_size per_device_train_batch_size seed".split()
@@ -26,20 +26,20 @@ _AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "question-answering": "AutoModelForQuestionAnswering",
 }
-# Rows of the table; of more evaluations, as many are taken evenly.
+# Maximum rows of the table; more evaluations are sampled evenly.
 _MAX_ROWS = 30
 
 _Values = Mapping[str, float]
 
 
 class Description(NamedTuple):
-    """What a run is called, and which of its results count."""
+    """Names of a run, its data and its metrics, for reports."""
 
     title: str
-    dataset: str  # A hub id, a directory or a file.
-    config: str | None  # Of the data set, if it has several.
+    dataset: str  # A Hub id, a directory or a file.
+    config: str | None  # Of the dataset, if it has several.
     metrics: Sequence[str]  # Without `eval_`, in addition to the loss.
-    pipeline_tag: str  # The hub's name for what the model does.
+    pipeline_tag: str  # The Hub's name for the kind of task.
 
 
 def write_model_card(
@@ -51,10 +51,10 @@ def write_model_card(
     lines: Sequence[_Values],
     command: str,
 ) -> None:
-    """Writes a model card atomically; the model is called as its directory.
+    """Writes a model card atomically; its title is the name of its directory.
 
-    ``results`` are those of the evaluation, under names with ``eval_``, or empty;
-    ``lines`` are those of `metrics.jsonl`.
+    ``results`` holds the final evaluation, with the prefix ``eval_``, or is empty;
+    ``lines`` are the lines of `metrics.jsonl`.
     """
     title = path.resolve().parent.name
     found = {name: results.get(f"eval_{name}") for name in ("loss", *task.metrics)}
@@ -79,7 +79,7 @@ This is {base}, fine-tuned on {data} with {args.optim}, in JAX.
 ```python
 from transformers import {auto_class}, AutoTokenizer
 
-name = {title!r}  # The directory of this card, or its id on the hub.
+name = {title!r}  # The directory of this card, or its id on the Hub.
 model = {auto_class}.from_pretrained(name)
 tokenizer = AutoTokenizer.from_pretrained(name)
 ```
@@ -102,7 +102,7 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 def _front_matter(
     title: str, args: Arguments, task: Description, values: _Values
 ) -> str:
-    """Returns what the hub reads; it lists results only for data that it knows."""
+    """Returns the metadata for the Hub; results are listed only for data on the Hub."""
     dataset = _hub_id(task.dataset)
     metrics = [name for name in values if name != "loss"]
     listed = [
@@ -117,7 +117,7 @@ def _front_matter(
             metric_value=values[name],
         )
         for name in metrics
-        # The hub reads the front matter as JSON, which has no NaN.
+        # The Hub reads the front matter as JSON, which has no NaN.
         if dataset is not None and math.isfinite(values[name])
     ]
     return ModelCardData(
@@ -140,11 +140,11 @@ def _evaluation(values: _Values) -> str:
 
 
 def _flags(args: Arguments, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the flags that differ from their default, and those always named."""
+    """Returns the flags that differ from their default or are always listed."""
     flags = {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(args)
-        # The model and the directory have none; they are elsewhere in the card.
+        # Model and output directory have no default; they are elsewhere in the card.
         if field.default is not dataclasses.MISSING
         and (field.name in _ALWAYS_NAMED or getattr(args, field.name) != field.default)
     }
@@ -153,7 +153,7 @@ def _flags(args: Arguments, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(names: Sequence[str], lines: Sequence[_Values]) -> str:
-    """Returns a table of evaluations, each next to the training loss logged last."""
+    """Returns a table of evaluations, each with the latest logged training loss."""
     rows, training_loss = [], None
     for line in lines:
         values = [line.get(f"eval_{name}") for name in names]
@@ -171,10 +171,10 @@ def _table(names: Sequence[str], lines: Sequence[_Values]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that matter."""
+    """Returns the versions of Python and the main packages."""
     found = {"python": platform.python_version()}
     for package in "mfac_jax jax optax flax transformers datasets".split():
-        # Nothing is known of a package that runs from a checkout.
+        # A package that runs from a checkout may have no metadata.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
@@ -185,7 +185,7 @@ def _is_local(name: str) -> bool:
 
 
 def _hub_id(name: str) -> str | None:
-    """Returns a name of the form user/name that cannot mean a path here."""
+    """Returns the name if it is a Hub id (user/name), not a path; else ``None``."""
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not _is_local(name)
     return name if is_id else None
 
@@ -208,7 +208,7 @@ def _bullets(values: Mapping[str, Any]) -> str:
 
 
 def _inline(value: Any) -> str:
-    """Returns a value on one line, a path without its directories."""
+    """Formats a value on one line; a path loses its directories."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} = {_inline(v)}" for name, v in value.items())
     if isinstance(value, str) and _is_local(value):

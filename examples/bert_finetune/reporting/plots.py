@@ -1,4 +1,4 @@
-"""Curves of a run, and of several."""
+"""Plots the curves of one or several runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-# Points of a curve; longer runs are averaged in as many pieces.
+# Maximum points of a curve; longer runs are averaged in this many pieces.
 _MAX_POINTS = 200
 
 _Run = Sequence[Mapping[str, float]]  # The lines of its `metrics.jsonl`.
@@ -23,7 +23,7 @@ def smooth(steps: Sequence[float], values: Any) -> tuple[list[float], list[float
 def plot_curves(
     path: Path, title: str, runs: Mapping[str, _Run], metrics: Sequence[str]
 ) -> None:
-    """Draws loss and metrics against the step, in training and in evaluation."""
+    """Plots training and validation loss and metrics against the step."""
     for axes, name, run, lines, color in _panels(path, title, ["loss", *metrics], runs):
         steps, values = _shared_points([lines], name)
         if steps:
@@ -35,10 +35,10 @@ def plot_curves(
 def plot_bands(
     path: Path, title: str, groups: Mapping[str, Sequence[_Run]], metrics: Sequence[str]
 ) -> None:
-    """Draws the mean over seeds ± one standard deviation of each evaluation.
+    """Plots the mean over seeds ± one standard deviation of each evaluation.
 
-    Runs, by optimizer, count at the steps they share; those without evaluations are
-    left out. Means in training are dashed, without a band.
+    ``groups`` maps an optimizer to its runs. Only steps that all runs share are drawn;
+    runs without evaluations are left out. Training means are dashed, without a band.
     """
     for axes, name, group, runs, color in _panels(path, title, metrics, groups):
         steps, values = _shared_points(runs, name)
@@ -50,7 +50,7 @@ def plot_bands(
 def _panels(
     path: Path, title: str, names: Sequence[str], groups: Mapping[str, Any]
 ) -> Iterator[tuple[Any, str, str, Any, str]]:
-    """Yields axes, name, group, its runs and its color; writes the PNG afterwards."""
+    """Yields axes, name, group, runs and color of each curve; then writes the PNG."""
     figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
@@ -82,7 +82,7 @@ def _plot_evaluations(
 
 
 def _shared_points(runs: Sequence[_Run], name: str) -> tuple[list[float], np.ndarray]:
-    """Returns the steps that the runs with this name share, and its values by run."""
+    """Returns the steps shared by all runs that log ``name``, and its values by run."""
     found = [{line["step"]: line[name] for line in run if name in line} for run in runs]
     points = [by_step for by_step in found if by_step]
     steps = sorted(set.intersection(*map(set, points))) if points else []

@@ -1,1 +1,1 @@
-"""Questions about texts."""
+"""Extractive question answering on SQuAD and your own files."""

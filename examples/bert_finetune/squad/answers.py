@@ -1,4 +1,4 @@
-"""From start and end logits to answers: the best spans of each question's context."""
+"""Finds the best answer spans of each question from start and end logits."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from bert_finetune.squad.chunks import Chunks
 
 
 class Span(NamedTuple):
-    """A part of a context, or nothing, with the logits of its ends."""
+    """A span of a context, or the empty no-answer span, with its logits."""
 
     text: str
     start_logit: float
@@ -20,18 +20,18 @@ class Span(NamedTuple):
         return self.start_logit + self.end_logit
 
 
-# Where a model finds no span at all, not answering is weighed against a score of 0.
+# If no span is valid, the score of no answer is compared with 0.
 _NO_SPAN = Span("", 0.0, 0.0)
 
 
 class Answer(NamedTuple):
-    """What a model answers to a question."""
+    """A model's answer to a question."""
 
     text: str  # Empty for no answer.
-    best_text: str  # The answer if there has to be one.
-    # The score of no answer less that of `best_text`; None if all have answers.
+    best_text: str  # The best span, even if no answer scores higher.
+    # Score of no answer minus score of `best_text`; None without `null_threshold`.
     null_odds: float | None
-    # `text`, `probability`, `start_logit` and `end_logit` of the best, falling.
+    # Best first: `text`, `probability`, `start_logit` and `end_logit`.
     n_best: list[dict[str, Any]]
 
 
@@ -47,19 +47,19 @@ def find_answers(
 ) -> list[Answer]:
     """Returns the answer to every question.
 
-    The score of a span is the sum of its start and its end logit. Of each chunk the
-    ``n_best_size`` best starts and ends are combined. The score of no answer is that of
-    the first token, [CLS], in the chunk where it is lowest.
+    The score of a span is the sum of its start and end logits. In each chunk, the
+    ``n_best_size`` best starts and ends are combined. The score of no answer is the
+    score of the first token, [CLS], in the chunk where it is lowest.
 
     Args:
-      contexts: of each question.
-      chunks: of the questions.
-      start_logits: shape ``(tokens,)``, as the chunks' tokens.
+      contexts: context of each question.
+      chunks: chunks of the questions.
+      start_logits: shape ``(tokens,)``, aligned with the tokens of ``chunks``.
       end_logits: likewise.
-      n_best_size: maximum of answers to list per question.
-      max_answer_length: maximum of tokens in an answer.
-      null_threshold: the odds above which a question is left unanswered; ``None`` if
-        every question has an answer.
+      n_best_size: maximum number of answers to list per question.
+      max_answer_length: maximum number of tokens in an answer.
+      null_threshold: questions with higher odds are left unanswered; ``None`` if every
+        question has an answer.
     """
     bounds = np.searchsorted(chunks.questions, np.arange(len(contexts) + 1))
     starts = chunks.features.starts
@@ -87,7 +87,7 @@ def _best_spans(
     n_best_size: int,
     max_answer_length: int,
 ) -> np.ndarray:
-    """Returns the first and last tokens of the best spans of one chunk."""
+    """Returns the first and last token of each of the best spans in a chunk."""
     firsts = np.argsort(-start_logits, kind="stable")[:n_best_size]
     lasts = np.argsort(-end_logits, kind="stable")[:n_best_size]
     firsts, lasts = firsts[is_context[firsts]], lasts[is_context[lasts]]

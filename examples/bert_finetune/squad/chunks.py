@@ -1,4 +1,4 @@
-"""Questions, each with every chunk of its context, and where answers lie in them."""
+"""Cuts contexts into chunks, and locates answers in them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ _COLUMNS = {
 
 
 class Chunks(NamedTuple):
-    """Tokenized questions, each with a chunk of its context; arrays are int32."""
+    """Tokenized pairs of a question and a chunk of its context; arrays are int32."""
 
-    features: tokenized.Features  # An example is a question with a chunk.
-    questions: np.ndarray  # (chunks,), rising: whose chunk it is.
-    first_chars: np.ndarray  # (tokens,): where in the context it begins, -1 outside.
-    end_chars: np.ndarray  # Likewise, behind its last character.
+    features: tokenized.Features  # One example per chunk.
+    questions: np.ndarray  # (chunks,), ascending: index of the question.
+    first_chars: np.ndarray  # (tokens,): start in the context, -1 outside.
+    end_chars: np.ndarray  # Likewise, one past its last character.
 
 
 def cut(
@@ -34,11 +34,10 @@ def cut(
     *,
     overwrite_cache: bool = False,
 ) -> Chunks:
-    """Tokenizes questions with their contexts, long ones in overlapping chunks.
+    """Tokenizes questions with their contexts; cuts long ones into overlapping chunks.
 
-    A question so long that no chunk would get further than the one before is cut off.
-    ``max_length`` includes question and special tokens; ``stride`` tokens of a chunk
-    are in the chunk before too.
+    A question that leaves no room for new context tokens is truncated. ``max_length``
+    includes question and special tokens; consecutive chunks share ``stride`` tokens.
     """
     room = max_length - stride - tokenizer.num_special_tokens_to_add(pair=True) - 1
     if room < 1:
@@ -85,7 +84,7 @@ def _cut_off(questions: Sequence[str], tokenizer: Any, room: int) -> list[str]:
 
 
 def _context_chars(chunk: Any, end: int) -> list[int]:
-    """Returns one end of each token in the context, 0 or 1; -1 elsewhere."""
+    """Returns the start (``end`` 0) or end (1) of context tokens; -1 elsewhere."""
     pairs = zip(chunk.offsets, chunk.sequence_ids, strict=True)
     return [offsets[end] if part == 1 else -1 for offsets, part in pairs]
 
@@ -93,11 +92,12 @@ def _context_chars(chunk: Any, end: int) -> list[int]:
 def answer_positions(
     chunks: Chunks, answers: Sequence[tuple[int, int] | None]
 ) -> dict[str, np.ndarray]:
-    """Returns the first and the last token of each chunk's answer.
+    """Returns the first and last token of the answer in each chunk.
 
-    They are the narrowest that hold it; both are the first token of the chunk, [CLS],
-    where the answer is not in this chunk as a whole, or where there is none.
-    ``answers`` are the first and the end character in the context of each question.
+    They delimit the narrowest span that contains the answer. Both are 0, the position
+    of [CLS], if the chunk does not contain the complete answer or there is none.
+    ``answers`` gives each answer's first character in its context, and one past its
+    last.
     """
     positions = np.zeros((2, len(chunks.questions)), np.int32)
     starts = chunks.features.starts
@@ -112,7 +112,7 @@ def answer_positions(
         if firsts[0] <= first_char and end_char <= ends[-1]:
             first = np.searchsorted(firsts, first_char, side="right") - 1
             last = np.searchsorted(ends, end_char, side="left")
-            # Several tokens can be of one character, which has to be there as a whole.
+            # Several tokens can share a character: include all of them.
             first = np.searchsorted(firsts, firsts[first], side="left")
             last = np.searchsorted(ends, ends[last], side="right") - 1
             positions[:, i] = context[first], context[last]

@@ -22,17 +22,17 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 @functools.lru_cache(maxsize=2**16)
 def normalize(text: str) -> str:
-    """Returns the words of a text, without case, punctuation and articles."""
+    """Returns the words of a text, lowercased, without punctuation and articles."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, prediction: str) -> float:
-    """Returns 1 if both have the same words in the same order, otherwise 0."""
+    """Returns 1 if both normalize to the same words in the same order, else 0."""
     return float(normalize(answer) == normalize(prediction))
 
 
 def f1(answer: str, prediction: str) -> float:
-    """Returns the harmonic mean of precision and recall over words; 0 without any."""
+    """Returns the harmonic mean of precision and recall over words; 0 if none match."""
     words, predicted = normalize(answer).split(), normalize(prediction).split()
     common = (collections.Counter(words) & collections.Counter(predicted)).total()
     return 2 * common / (len(words) + len(predicted)) if common else 0.0
@@ -41,7 +41,7 @@ def f1(answer: str, prediction: str) -> float:
 def squad_metrics(
     answers: Sequence[Sequence[str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """Returns the metrics of version 1.1, in percent, of the best of each answer."""
+    """Returns the metrics of SQuAD 1.1 in percent; a question's best answer counts."""
     return {
         name: 100 * float(np.mean(_best_scores(score, answers, predictions)))
         for name, score in {"exact_match": exact_match, "f1": f1}.items()
@@ -63,25 +63,25 @@ def squad_v2_metrics(
     best_texts: Sequence[str],
     null_odds: Sequence[float],
 ) -> dict[str, float]:
-    """Returns the metrics of version 2, in percent, under the names of its script.
+    """Returns the metrics of SQuAD 2 in percent, named as in its evaluation script.
 
-    ``exact`` and ``f1`` are over all questions, and with ``HasAns_`` or ``NoAns_`` over
-    those with or without answers, each with ``total``, their number. ``best_exact`` and
-    ``best_f1`` are what the best threshold on the odds would give, which is
-    ``best_exact_thresh`` or ``best_f1_thresh``: questions of odds above it are left
+    ``exact`` and ``f1`` are means over all ``total`` questions; ``HasAns_`` and
+    ``NoAns_`` prefix the same metrics for questions with and without answers.
+    ``best_exact`` and ``best_f1`` use the best threshold on the odds,
+    ``best_exact_thresh`` and ``best_f1_thresh``: questions with higher odds are left
     unanswered.
 
     Args:
-      answers: to each question, any number; the best counts.
-      predictions: the answer of the model to each question, empty for none.
-      best_texts: the same if it had to answer.
-      null_odds: the larger, the rather a question is left unanswered.
+      answers: reference answers of each question, any number; the best counts.
+      predictions: predicted answer to each question, empty for no answer.
+      best_texts: predicted answers if every question must be answered.
+      null_odds: score of no answer minus score of the best answer, by question.
     """
     has_answer = np.array([bool(texts) for texts in answers])
     groups = {"": has_answer | True, "HasAns_": has_answer, "NoAns_": ~has_answer}
-    # An answer of articles and punctuation alone is none.
+    # Answers of only articles and punctuation do not count.
     golds = [[t for t in texts if normalize(t)] or [""] for texts in answers]
-    # That neither side has words is a match.
+    # Two texts without words match.
     scores = {"exact": exact_match, "f1": lambda a, p: f1(a, p) or exact_match(a, p)}
     values = {
         name: _best_scores(score, golds, predictions) for name, score in scores.items()
@@ -105,14 +105,14 @@ def squad_v2_metrics(
 def _best_threshold(
     if_answered: np.ndarray, if_not: np.ndarray, null_odds: np.ndarray
 ) -> tuple[float, float]:
-    """Returns the best mean score, and the odds up to which questions are answered."""
+    """Returns the best mean score, and the highest odds at which to answer."""
     order = np.argsort(null_odds, kind="stable")
     odds = null_odds[order]
     gains = (if_answered - if_not)[order]
-    # Questions of equal odds are answered together.
+    # Questions with equal odds are answered together.
     last = np.append(odds[1:] != odds[:-1], True)
     sums = if_not.sum() + np.append(0.0, np.cumsum(gains)[last])
     best = int(np.argmax(sums))
-    # Below all odds no question is answered.
+    # With a threshold below all odds, no question is answered.
     thresholds = np.append(odds[0] - 1, odds[last])
     return float(sums[best] / len(odds)), float(thresholds[best])

@@ -1,4 +1,4 @@
-"""Questions about texts, in the form of SQuAD: loading and checking them."""
+"""Loads and validates questions in the format of SQuAD."""
 
 import collections
 import itertools
@@ -14,30 +14,30 @@ from bert_finetune.arguments import QaArguments
 from bert_finetune.data import sources
 from bert_finetune.errors import UserError
 
-# Names that the hub no longer has, as published commands give them.
+# Names in published commands that the Hub no longer has -> current ids.
 _HUB_IDS = {"squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 _TEXTS = ("id", "question", "context")
 
 
 def full_name(name: str) -> str:
-    """Returns the data set's directory, or its id on the hub as it is today."""
+    """Returns the dataset's directory, or its current id on the Hub."""
     return name if Path(name).is_dir() else _HUB_IDS.get(name, name)
 
 
 class Questions(NamedTuple):
-    """The questions of a split: columns id, question and context, and the answers.
+    """Questions of a split (columns id, question and context) and their answers.
 
-    For training, ``spans`` says where in its context each answer begins and ends, or
-    ``None`` for a question without one; otherwise it is empty.
+    For training, ``spans`` holds the start and end character of each question's first
+    answer, or ``None`` without one; otherwise it is empty.
     """
 
     dataset: datasets.Dataset
-    answers: list[list[str]]  # Any number for each question; empty for a test split.
+    answers: list[list[str]]  # Any number per question; empty for test.
     spans: list[tuple[int, int] | None]
 
 
 def load_split(args: QaArguments, split: str, max_samples: int | None) -> Questions:
-    """Loads the first questions of a split and checks them.
+    """Loads the first questions of a split and validates them.
 
     Questions that cannot be trained on are reported and left out of the training split.
     The test split needs no answers.
@@ -66,14 +66,14 @@ def load_split(args: QaArguments, split: str, max_samples: int | None) -> Questi
     return Questions(dataset, [[text for text, _ in pairs] for pairs in answers], [])
 
 
-# The texts of a question's answers, and where in its context each begins.
+# Texts of a question's answers, and their first characters in its context.
 _Answers = list[tuple[str, int]]
 
 
 def _load_answers(
     dataset: datasets.Dataset, source: sources.Source, max_samples: int | None
 ) -> list[_Answers]:
-    """Returns the answers, without those that stand for there being none."""
+    """Returns the answers, without the ones that mark an unanswerable question."""
     found = []
     ids, flags = dataset["id"][:], [None] * len(dataset)
     if "is_impossible" in source.columns:
@@ -90,7 +90,7 @@ def _load_answers(
         if not _are_answers(value):
             raise UserError(
                 f"the answers to question {id_!r} of {source.where} must be two lists "
-                "of one length, 'text' of texts and 'answer_start' of integers, got "
+                "of equal length, 'text' (strings) and 'answer_start' (integers), got "
                 f"{str(value)[:80]}."
             )
         pairs = zip(value["text"], value["answer_start"], strict=True)
@@ -106,7 +106,7 @@ def _check_answered(
     if unanswered and not with_negative:
         raise UserError(
             f"{len(unanswered)} of {len(dataset)} questions of {where} have no answer, "
-            f"{unanswered[0]!r} for example: give --version_2_with_negative."
+            f"for example {unanswered[0]!r}: pass --version_2_with_negative."
         )
 
 
@@ -139,7 +139,7 @@ def _trainable(
         spans.append(span)
     if not kept:
         raise UserError(
-            f"nothing is left of {where} to train on: {len(blank)} contexts have no "
+            f"no question of {where} can be trained on: {len(blank)} contexts have no "
             f"text, {len(mismatched)} answers are not in the context at answer_start."
         )
     problem = "their answer is not in the context at answer_start"
@@ -168,16 +168,16 @@ def _load_file(path: str) -> sources.Source:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{path} cannot be read: {error}. (A question on each line is .jsonl.)"
+            f"{path} cannot be read: {error}. (Use .jsonl for a question per line.)"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise UserError(f"{path} is not in the form of SQuAD: it has no list 'data'.")
+        raise UserError(f"{path} is not in the format of SQuAD: it has no list 'data'.")
     rows = []
     for number, article in enumerate(content["data"], start=1):
         try:
             rows += _questions_of(article)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            what = f"entry {number} of 'data' in {path} is not in the form of SQuAD"
+            what = f"entry {number} of 'data' in {path} is not in the format of SQuAD"
             raise UserError(f"{what}: {type(error).__name__}: {error}.") from error
     if not rows:
         raise UserError(f"{path} is empty.")
@@ -188,7 +188,7 @@ def _load_file(path: str) -> sources.Source:
 
 
 def _questions_of(article: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the questions of an article, or the one of a row as the hub has it."""
+    """Yields the questions of an article, or of a row in the Hub's layout."""
     if "paragraphs" not in article:
         yield {**article, "id": article["id"]}
         return

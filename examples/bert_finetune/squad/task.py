@@ -1,4 +1,4 @@
-"""The task of run_qa: questions about texts."""
+"""The task of run_qa: extractive question answering."""
 
 import time
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ from bert_finetune.training.task import (
 
 _MODEL_CLASS = bert.BertForQuestionAnswering
 _METRICS = {False: ["exact_match", "f1"], True: ["exact", "f1"]}
-# What else of an evaluation the best model may be chosen by.
+# Metrics of SQuAD 2 that can also select the best model.
 _GROUPS = ["HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1"]
 
 
 class QuestionAnswering:
-    """A model that finds answers, with its data; implements `training.task.Task`."""
+    """Question answering with its data; implements `training.task.Task`."""
 
     def __init__(self, args: QaArguments):
         directory = hub.resolve_model(args.model_name_or_path)
@@ -70,8 +70,9 @@ class QuestionAnswering:
         for group, has_answer in {"HasAns_": True, "NoAns_": False}.items():
             if group in name and has_answer not in map(bool, questions.answers):
                 raise UserError(
-                    f"--metric_for_best_model {name}: no question of the evaluation "
-                    f"data has {'an' if has_answer else 'no'} answer."
+                    f"--metric_for_best_model {name} needs questions "
+                    f"{'with' if has_answer else 'without'} answers in the evaluation "
+                    "data, which has none."
                 )
 
     def _cut(self, questions: Questions) -> Chunks:
@@ -90,7 +91,7 @@ class QuestionAnswering:
         return chunks.features._replace(targets=targets)
 
     def describe(self) -> Description:
-        """Returns what to call the run in its reports."""
+        """Returns the names that reports use for the run."""
         args = self.args
         return Description(
             args.data_name,
@@ -103,7 +104,7 @@ class QuestionAnswering:
     def evaluate(self, params: bert.Params) -> dict[str, float]:
         """Answers every question once; returns results under Hugging Face's keys.
 
-        ``samples`` are the chunks, as there; ``total`` are the questions.
+        ``samples`` counts chunks, as in their scripts; ``total`` counts questions.
         """
         args, (questions, chunks) = self.args, self._eval
         started = time.perf_counter()
@@ -138,13 +139,13 @@ class QuestionAnswering:
             is_row = batch["weights"][:, None] == 1
             is_token.append((batch["attention_mask"] == 1) & is_row)
             outputs.append(self._span_logits(params, batch))
-        # Of all tokens, in the order of the chunks.
+        # Logits of all tokens without padding, in the order of the chunks.
         logits = [
             np.concatenate([p[m] for p, m in zip(parts, is_token, strict=True)])
             for parts in zip(*jax.device_get(outputs), strict=True)
         ]
         if not np.all(np.isfinite(logits)):
-            raise UserError("the logits of the model are not finite: it is of no use.")
+            raise UserError("the model's logits are not finite: it cannot be used.")
         threshold = args.null_score_diff_threshold
         return find_answers(
             questions.dataset["context"][:],
@@ -158,7 +159,7 @@ class QuestionAnswering:
     def _write(
         self, questions: Questions, found: Sequence[Answer], prefix: str
     ) -> None:
-        """Writes the answers as Hugging Face's script does, an object by question."""
+        """Writes the answers by question id, in the files of Hugging Face's script."""
         contents = {
             "predictions": [answer.text for answer in found],
             "nbest_predictions": [answer.n_best for answer in found],
