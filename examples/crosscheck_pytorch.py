@@ -4,10 +4,10 @@ r"""Compares mfac_jax with the authors' PyTorch code, gradient by gradient.
     pip install torch
     python examples/crosscheck_pytorch.py --reference M-FAC
 
-Trains a small network on scikit-learn's digits with M-FAC and feeds each of its
-gradients to both programs, in float32 and float64. The table has the relative
-differences from what the authors' code finds in float64. Ends with an error if ours
-differs by more than float64, or float32, explains.
+Trains a small network on scikit-learn's digits with M-FAC and feeds each gradient to
+both implementations, in float32 and float64. Prints the relative differences from the
+authors' code in float64. Exits with an error if mfac_jax differs by more than rounding
+explains.
 """
 
 import argparse
@@ -30,15 +30,15 @@ from sklearn.datasets import load_digits
 
 import mfac_jax
 
-# The authors' code wants a multiple of 32, at most 1024.
+# The authors' code requires num_grads to be a multiple of 32, at most 1024.
 NUM_GRADS, DAMP, NUM_STEPS = 64, 1e-6, 200
-# Largest differences that rounding explains, for gradients such as these.
+# Largest differences that rounding explains for these gradients.
 LIMITS = {"mfac_jax, float64": 1e-8, "mfac_jax, float32": 1e-3}
 
 
 @contextlib.contextmanager
 def published_code(directory: Path) -> Iterator[ModuleType]:
-    """Yields the authors' `optim.py`, made to run on a CPU too."""
+    """Yields the authors' `optim.py`, patched to run without a GPU if there is none."""
     file = directory / "optim.py"
     loader = importlib.machinery.SourceFileLoader("published_mfac", str(file))
     module = ModuleType(loader.name)
@@ -46,7 +46,7 @@ def published_code(directory: Path) -> Iterator[ModuleType]:
         loader.exec_module(module)
     except FileNotFoundError as error:
         raise UserError(
-            f"there is no {file}. --reference is a clone of "
+            f"there is no {file}: --reference must be a clone of "
             "https://github.com/IST-DASLab/M-FAC."
         ) from error
     except ImportError as error:
@@ -56,7 +56,7 @@ def published_code(directory: Path) -> Iterator[ModuleType]:
         yield module
         return
 
-    # Two functions of PyTorch that the authors' code calls are for GPUs alone.
+    # The authors' code calls two PyTorch functions that work only on GPUs.
     def eliminate(matrix: Any, pivot: bool) -> tuple[Any, None]:
         assert not pivot
         factors = matrix.clone()
@@ -77,7 +77,7 @@ def published_code(directory: Path) -> Iterator[ModuleType]:
 
 
 def gradients_of_digits() -> np.ndarray:
-    """Returns the gradients of a run of M-FAC, one a row, float32."""
+    """Returns the float32 gradients of an M-FAC run, one per row."""
     pixels, labels = map(jnp.asarray, load_digits(return_X_y=True))
     images = pixels.astype(jnp.float32) / 16
     keys = jax.random.split(jax.random.key(0))
@@ -110,7 +110,7 @@ def gradients_of_digits() -> np.ndarray:
 
 
 def our_directions(gradients: np.ndarray, dtype: str) -> np.ndarray:
-    """Returns the directions that mfac_jax finds."""
+    """Returns mfac_jax's directions for these gradients."""
     optimizer = mfac_jax.scale_by_mfac(NUM_GRADS, DAMP)
 
     def step(state, gradient):
@@ -126,7 +126,7 @@ def our_directions(gradients: np.ndarray, dtype: str) -> np.ndarray:
 def their_directions(
     module: ModuleType, gradients: np.ndarray, dtype: str
 ) -> np.ndarray:
-    """Returns the directions that the authors' code finds."""
+    """Returns the directions of the authors' code for these gradients."""
     torch = module.torch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = torch.tensor(gradients, dtype=getattr(torch, dtype), device=device)
@@ -136,7 +136,7 @@ def their_directions(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the table; raises if the programs disagree."""
+    """Prints the table; raises if the implementations disagree."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -158,11 +158,11 @@ def main(argv: list[str] | None = None) -> None:
         differences /= np.linalg.norm(exact, axis=1)
         print(f"| {name} | {differences.max():.1e} | {np.median(differences):.1e} |")
         if name in LIMITS and not differences.max() <= LIMITS[name]:
-            by = f"{differences.max():.1e}, where rounding explains {LIMITS[name]:.0e}"
+            by = f"{differences.max():.1e} (rounding explains {LIMITS[name]:.0e})"
             too_large.append(f"{name} by {by}")
     if too_large:
         raise UserError(f"directions differ from the authors': {'; '.join(too_large)}.")
 
 
 if __name__ == "__main__":
-    run_script(main, "nothing was left to save.")
+    run_script(main, "there was nothing to save.")

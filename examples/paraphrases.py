@@ -1,20 +1,19 @@
-"""A paraphrase set that needs no download: pairs of questions, same meaning or not.
+"""Generates a paraphrase set: pairs of questions, same meaning or not.
 
-A question is a meaning (who does what to whom, or does not) said in one of many ways:
-with one of three synonyms, with the opposite verb and the other polarity, and as the
-second of a pair also passively. That second question says the same meaning again
-(label 1), or one with a single thing changed (label 0): a person replaced, the two
-persons swapped, the polarity turned, the verb replaced by one of another meaning. So
-neither the words that a pair shares nor those that it does not share tell the label:
-what counts is who stands where, which words mean the same, and whether two turns
-cancel.
+A question expresses a meaning (who does what to whom, or does not) in one of many ways:
+with one of three synonyms, or with the opposite verb and the opposite polarity. The
+second question of a pair may also be passive. It repeats the meaning (label 1) or
+changes one thing (label 0): it replaces a person, swaps the two persons, flips the
+polarity, or replaces the verb by one of another meaning. Neither the words that a pair
+shares nor the others reveal the label: a model must learn the roles of the persons,
+synonyms, and double negation.
 """
 
 import random
 from typing import NamedTuple
 
 PERSONS = "alice bruno carla david elena felix greta henry".split()
-# Synonyms in each row; rows 0 and 1 are opposites of one another.
+# Each row holds synonyms; rows 0 and 1 are opposites.
 VERBS = (
     ("like", "love", "adore"),
     ("dislike", "hate", "despise"),
@@ -22,7 +21,7 @@ VERBS = (
     ("imitate", "emulate", "impersonate"),
 )
 _OPPOSITE = {0: 1, 1: 0}
-# Chances of the changes that make a pair of label 0.
+# Probabilities of the changes in a pair with label 0.
 _CHANGES = {"person": 0.3, "swap": 0.3, "polarity": 0.2, "verb": 0.2}
 
 
@@ -49,11 +48,11 @@ def vocabulary() -> list[str]:
 
 
 def generate(num_pairs: int, seed: int) -> list[Pair]:
-    """Generates different pairs, half of them paraphrases.
+    """Generates distinct pairs, half of them paraphrases.
 
     Args:
-      num_pairs: how many; no two have the same questions, in either order.
-      seed: fixes the pairs, whatever the version of Python.
+      num_pairs: number of pairs; no two have the same questions, in either order.
+      seed: determines the pairs, on any version of Python.
     """
     rng = random.Random(seed)
     pairs: list[Pair] = []
@@ -87,7 +86,7 @@ def _changed(meaning: _Meaning, rng: random.Random) -> _Meaning:
         return meaning._replace(subject=object_, object=subject)
     if change == "polarity":
         return meaning._replace(positive=not positive)
-    # Not the opposite verb: with the other polarity it would mean the same.
+    # Excludes the opposite verb, which would flip the polarity instead.
     others = set(range(len(VERBS))) - {verb, _OPPOSITE.get(verb)}
     return meaning._replace(verb=rng.choice(sorted(others)))
 

@@ -2,10 +2,10 @@
 
     python examples/run_demo.py
 
-Needs no download: the questions come from `paraphrases.py`, and the BERT has the shape
-of BERT-tiny, a vocabulary of its own and random weights. Both runs go through
-`run_glue.py`. The result is a table next to a bag-of-words logistic regression, and a
-plot of the accuracies; the exit code says whether both optimizers beat the baseline.
+Needs no download: `paraphrases.py` generates the questions, and the BERT has the shape
+of BERT-tiny, a small vocabulary and random weights. Both runs go through `run_glue.py`.
+Prints a table with a bag-of-words logistic regression as baseline and plots the
+accuracies. Exits with an error if an optimizer does not beat the baseline.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import BertConfig, BertTokenizer
 
 NUM_TRAIN, NUM_VALIDATION = 8000, 1000
-MAX_LENGTH = 17  # Of the longest pair.
+MAX_LENGTH = 17  # Tokens of the longest pair.
 BAG_OF_WORDS = "bag of words"
 NUM_STEPS = 3000
 RUNS = {"M-FAC": "--optim adam_mfac", "AdamW": "--optim adamw"}
@@ -82,8 +82,8 @@ def write_model(directory: Path) -> None:
         num_attention_heads=2,
         intermediate_size=512,
         max_position_embeddings=64,
-        # Random weights want the scale that keeps a signal's size, 1/√hidden_size;
-        # so few examples at a time want no dropout.
+        # 1/√hidden_size preserves the scale of activations through random weights.
+        # Batches this small need no dropout.
         initializer_range=0.09,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -122,7 +122,7 @@ def bag_of_words(train: Sequence[Pair], validation: Sequence[Pair]) -> dict[str,
 
 
 def plot_accuracies(output_dir: Path, baseline: float) -> None:
-    """Draws validation accuracies against the step, each with its name at its end."""
+    """Plots validation accuracies against the step; labels each curve at its end."""
     curves = {BAG_OF_WORDS: [(0, baseline), (NUM_STEPS, baseline)]}
     for name in RUNS:
         lines = read_json_lines(output_dir / name / "metrics.jsonl")
@@ -142,7 +142,9 @@ def plot_accuracies(output_dir: Path, baseline: float) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fine-tunes a small BERT, twice.")
+    parser = argparse.ArgumentParser(
+        description="Trains a small BERT with M-FAC and AdamW."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("demo_out"))
     output_dir = parser.parse_args().output_dir
     cli.run_script(lambda: main(output_dir), "the demo starts over next time.")

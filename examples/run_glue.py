@@ -1,7 +1,7 @@
-"""Fine-tunes a BERT on a GLUE task, or on files of yours, with any Optax optimizer.
+"""Fine-tunes BERT on a GLUE task or custom files, with M-FAC or an Optax optimizer.
 
-The flags are those of Hugging Face's script of this name; `--help` lists them. For
-example, from the root of the repository:
+The flags follow Hugging Face's `run_glue.py`; `--help` lists them. Run from the root of
+the repository, for example:
 
     python examples/run_glue.py --seed 1234 --model_name_or_path prajjwal1/bert-tiny \
         --task_name qqp --do_train --do_eval --max_seq_length 128 \
@@ -19,10 +19,10 @@ from bert_finetune.arguments import GlueArguments, parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs the script with these flags; returns the results of the evaluation."""
+    """Runs the script with these flags; returns the evaluation results."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(GlueArguments, argv)
-    # Only now the slow imports, so that a mistake in a flag shows at once.
+    # Slow imports come after parsing, so that flag errors show immediately.
     from bert_finetune.finetune import finetune
     from bert_finetune.glue.task import Classification
 
@@ -32,4 +32,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "nothing was left to save.")
+    cli.run_script(main, "there was nothing to save.")

@@ -1,7 +1,7 @@
-"""Fine-tunes a BERT to answer questions about texts, as in SQuAD, with any optimizer.
+"""Fine-tunes BERT for question answering, with M-FAC or an Optax optimizer.
 
-The flags are those of Hugging Face's script of this name; `--help` lists them. For
-example, from the root of the repository:
+The flags follow Hugging Face's `run_qa.py`; `--help` lists them. Run from the root of
+the repository, for example:
 
     python examples/run_qa.py --seed 42 --model_name_or_path prajjwal1/bert-tiny \
         --dataset_name squad_v2 --version_2_with_negative --do_train --do_eval \
@@ -19,10 +19,10 @@ from bert_finetune.arguments import QaArguments, parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs the script with these flags; returns the results of the evaluation."""
+    """Runs the script with these flags; returns the evaluation results."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(QaArguments, argv)
-    # Only now the slow imports, so that a mistake in a flag shows at once.
+    # Slow imports come after parsing, so that flag errors show immediately.
     from bert_finetune.finetune import finetune
     from bert_finetune.squad.task import QuestionAnswering
 
@@ -32,4 +32,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "nothing was left to save.")
+    cli.run_script(main, "there was nothing to save.")

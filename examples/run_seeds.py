@@ -1,15 +1,15 @@
-"""Fine-tunes with several optimizers and seeds: the published table in one command.
+"""Fine-tunes with several optimizers and seeds, as for the published tables.
 
     python examples/run_seeds.py --optims MFAC adamw --seeds 5 -- \
         --model_name_or_path prajjwal1/bert-tiny --task_name qqp --do_train --do_eval \
         --per_device_train_batch_size 32 --learning_rate 1e-4 --num_train_epochs 5 \
         --output_dir seeds_out
 
-What follows `--` are flags of `run_glue.py`, or of `run_qa.py` with `--script run_qa`.
-It runs once for every optimizer and seed, in OUTPUT_DIR/OPTIMIZER/seed-SEED. The same
-command after an interruption resumes where it stopped. The result is a table of means
-and standard deviations next to the published ones (`published_results.csv`), in
-seeds.md, seeds.json (with the lines of every run's metrics.jsonl) and seeds.png.
+Passes the flags after `--` to `run_glue.py`, or to `run_qa.py` with `--script run_qa`,
+and runs it once per optimizer and seed, in OUTPUT_DIR/OPTIMIZER/seed-SEED. Rerun the
+same command to resume after an interruption. Tabulates means and standard deviations
+next to the published ones (`published_results.csv`) in seeds.md, seeds.json (with the
+lines of every run's metrics.jsonl) and seeds.png.
 """
 
 import argparse
@@ -46,7 +46,7 @@ SCRIPTS = {
 }
 PUBLISHED = Path(__file__).with_name("published_results.csv")
 PUBLISHED_OPTIMIZERS = {"MFAC": "M-FAC", "adamw": "Adam", "adam": "Adam"}
-# How results begin that are no metrics, and SQuAD's details.
+# Prefixes of results that are not metrics, and of SQuAD's details.
 NOT_METRICS = ("runtime", "samples", "steps_per", "total", "HasAns", "NoAns", "best")
 
 
@@ -58,10 +58,10 @@ class Run(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Does the runs that are not finished, then writes and prints the table.
+    """Runs what is not finished, then writes and prints the table.
 
-    Flags that cannot be used, or that differ from those of a run in the same directory,
-    raise a UserError before the first run.
+    Raises a UserError before the first run if a flag is invalid or differs from the
+    flags of an earlier run in the same directory.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parse_options(argv)
@@ -76,22 +76,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             SCRIPTS[options.script][0].main(run.argv)
         except Interrupted as error:
-            message = f"{error} The same command of run_seeds.py continues the grid."
+            message = f"{error} The same run_seeds.py command continues the grid."
             raise Interrupted(message, error.exit_code) from error
     report(base, runs, shlex.join(["python", "examples/run_seeds.py", *argv]))
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the flags; those of the runs are in ``arguments``."""
+    """Parses the flags; ``arguments`` holds the flags of the runs."""
     usage = "%(prog)s [--script S] --optims NAME[=JSON] ... --seeds N -- ARGUMENTS"
     what = "Fine-tunes with several optimizers and seeds."
     parser = argparse.ArgumentParser(usage=usage, description=what, allow_abbrev=False)
     add = parser.add_argument
-    add("--script", choices=SCRIPTS, default="run_glue", help="run_glue by default")
-    optim_args = "each may have its own --optim_args: 'MFAC={\"num_grads\": 512}'"
+    add(
+        "--script",
+        choices=SCRIPTS,
+        default="run_glue",
+        help="script to run (default: run_glue)",
+    )
+    optim_args = "optimizers, with optional --optim_args: 'MFAC={\"num_grads\": 512}'"
     add("--optims", nargs="+", required=True, help=optim_args)
-    add("--seeds", type=int, required=True, help="how many, from --seed or 0 on")
-    add("arguments", nargs="+", metavar="ARGUMENTS", help="of the script, after --")
+    add(
+        "--seeds",
+        type=int,
+        required=True,
+        help="number of seeds, starting at --seed or 0",
+    )
+    add("arguments", nargs="+", metavar="ARGUMENTS", help="flags of the script")
     options = parser.parse_args(argv)
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}.")
@@ -99,23 +109,23 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_runs(options: argparse.Namespace) -> tuple[flags.Arguments, list[Run]]:
-    """Returns the flags that all runs share, parsed, and the runs."""
-    # The last of two equal flags counts: a default goes before, a fixed value after.
+    """Returns the parsed flags that all runs share, and the runs."""
+    # The last occurrence of a flag counts: defaults go first, fixed values last.
     shared, (_, kind) = options.arguments, SCRIPTS[options.script]
     base = flags.parse_arguments(kind, ["--seed", "0", *shared])
     if not (base.do_train and base.do_eval):
         raise UserError("--do_train and --do_eval are needed after --.")
     if base.overwrite_output_dir or base.resume_from_checkpoint:
         raise UserError(
-            "--overwrite_output_dir and --resume_from_checkpoint are not for several "
-            "runs: finished ones are kept and interrupted ones resume by themselves."
+            "--overwrite_output_dir and --resume_from_checkpoint are for single runs: "
+            "here finished runs are kept and interrupted runs resume automatically."
         )
     if base.is_distributed:
-        raise UserError("--distributed is for single runs, not for several.")
+        raise UserError("--distributed is for single runs of run_glue.py or run_qa.py.")
     own_flags: dict[str, list[str]] = {}
     for name, given, optim_args in (entry.partition("=") for entry in options.optims):
         if name in own_flags:
-            raise UserError(f"--optims has {name} twice; both would be in {name}/.")
+            raise UserError(f"--optims has {name} twice; both would write to {name}/.")
         own_flags[name] = ["--optim_args", optim_args] if given else []
     runs = []
     # Seed by seed, so that the optimizers can be compared early.
@@ -125,19 +135,19 @@ def make_runs(options: argparse.Namespace) -> tuple[flags.Arguments, list[Run]]:
             argv = ["--eval_strategy", "epoch", *shared, "--optim", optim, *own]
             argv += ["--seed", str(seed), "--output_dir", str(directory)]
             runs.append(Run(argv, flags.parse_arguments(kind, argv)))
-            # A mistake in the last optimizer must not show after the first ones' runs.
+            # Reports a mistake in the last optimizer before the first run.
             parse_hyperparams(runs[-1].args)
     return base, runs
 
 
 def is_finished(run: Run) -> bool:
-    """Returns whether the run was done before, with the same flags."""
+    """Returns whether the run is finished; raises if its flags were different."""
     directory = Path(run.args.output_dir)
     path = directory / "arguments.json"
     if not path.exists():
         return False
     before, now = json.loads(path.read_text()), dataclasses.asdict(run.args)
-    # The directory is the same one, however its path was spelled.
+    # The same directory may be spelled differently.
     changes = [
         f"--{name} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - {"output_dir"})
@@ -182,13 +192,13 @@ def report(base: flags.Arguments, runs: Sequence[Run], command: str) -> None:
 
 
 def published_results(model: str, task: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns what is published, as shares of 1, by name of optimizer and metric."""
+    """Returns the published results as fractions, by optimizer and metric."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with open(PUBLISHED, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if (row["model"], row["task"]) == (model, task):
                 results.setdefault(row["optimizer"], {})[row["metric"]] = {
-                    # In decimal: 77.58 / 100 is not the number nearest to 0.7758.
+                    # Scaled in decimal: 77.58 / 100 is not the float nearest to 0.7758.
                     "mean": float(f"{row['mean']}e-2"),
                     "std": float(f"{row['std']}e-2"),
                     "num_grads": int(row["num_grads"]) if row["num_grads"] else None,
@@ -199,7 +209,7 @@ def published_results(model: str, task: str) -> dict[str, dict[str, dict[str, An
 
 
 def summarize(runs: Sequence[Run], published: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns by optimizer its runs and metrics, and the published metrics."""
+    """Returns the runs, metrics and published metrics of each optimizer."""
     summaries: dict[str, dict[str, Any]] = {}
     for run in runs:
         arguments = dataclasses.asdict(run.args)
@@ -211,20 +221,20 @@ def summarize(runs: Sequence[Run], published: Mapping[str, Any]) -> dict[str, An
         results = read_numbers((directory / "all_results.json").read_text())
         lines = read_json_lines(directory / "metrics.jsonl")
         summary["runs"][str(seed)] = {**results, "lines": lines}
-    whole = 100 if isinstance(runs[0].args, flags.QaArguments) else 1
+    full_score = 100 if isinstance(runs[0].args, flags.QaArguments) else 1
     for summary in summaries.values():
-        summary["metrics"] = metrics_of(summary["runs"], whole)
+        summary["metrics"] = metrics_of(summary["runs"], full_score)
     return summaries
 
 
-def metrics_of(runs: Mapping[str, Any], whole: float) -> dict[str, Any]:
-    """Returns by metric the values of all seeds, their mean and their deviation."""
+def metrics_of(runs: Mapping[str, Any], full_score: float) -> dict[str, Any]:
+    """Returns each metric's values by seed, mean and standard deviation."""
     metrics = {}
     for key in next(iter(runs.values())):
         name = key.removeprefix("eval_")
         if name == key or name.startswith(NOT_METRICS):
             continue
-        values = {seed: run[key] / whole for seed, run in runs.items()}
+        values = {seed: run[key] / full_score for seed, run in runs.items()}
         array = np.array([*values.values()])
         with np.errstate(invalid="ignore"):  # A seed may have diverged.
             std = float(array.std(ddof=1)) if len(array) > 1 else None
@@ -238,7 +248,7 @@ def metric_names(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def published_notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns where the published numbers of each optimizer are from."""
+    """Returns the source of each optimizer's published results."""
     notes = {}
     for optim, summary in summaries.items():
         for result in summary["published"].values():
@@ -252,7 +262,7 @@ def published_notes(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns a Markdown table: optimizers, each above what is published, by metric."""
+    """Returns a Markdown table of metrics, ours above the published ones."""
     names = metric_names(summaries)
     rows = [["", *names]]
     for optim, summary in summaries.items():
@@ -269,11 +279,11 @@ def make_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def format_result(metric: str, result: Mapping[str, Any]) -> str:
-    """Formats mean and deviation, in percent unless it is a loss."""
+    """Formats mean and standard deviation, in percent unless it is a loss."""
     scale, digits = (1, 4) if metric.startswith("loss") else (100, 2)
     values = [v for v in (result["mean"], result["std"]) if v is not None]
     return " ± ".join(f"{scale * value:.{digits}f}" for value in values)
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "the same command continues the grid.")
+    cli.run_script(main, "rerun the same command to continue the grid.")

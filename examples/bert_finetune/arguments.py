@@ -1,4 +1,4 @@
-"""The flags, with the names, meanings and defaults of Hugging Face's scripts."""
+"""Command-line flags, named and defaulted as in Hugging Face's scripts."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from bert_finetune.errors import UserError
 
 T = TypeVar("T")
-# Flags of other versions and scripts -> ours.
+# Flags of other versions and scripts -> flags here.
 _OTHER_NAMES = {
     "evaluation_strategy": "eval_strategy",
     "fp16": "bf16",
@@ -29,7 +29,7 @@ _OTHER_NAMES = {
 
 # A flag whose value a resumed run must share with the run it resumes.
 Fixed = Annotated[T, "fixed"]
-# Flags with a lower bound, which are finite.
+# Finite values with an inclusive lower bound.
 Count = Annotated[int, 1]
 Limit = Annotated[int | None, 1]
 Amount = Annotated[float, 0]
@@ -48,100 +48,168 @@ def _required(help_text: str):
 class Arguments:
     """The flags that all tasks share."""
 
-    model_name_or_path: str = _required("A directory with a BERT, or its hub id.")
-    output_dir: str = _required("Where the model, results and curves are written.")
-    train_file: str | None = _flag(None, "Training data of your own.")
-    validation_file: str | None = _flag(None, "The same for evaluation.")
-    test_file: str | None = _flag(None, "The same for prediction.")
-    do_train: bool = _flag(False, "Train.")
-    do_eval: bool = _flag(False, "Evaluate on the validation split, after training.")
+    model_name_or_path: str = _required(
+        "Path to a BERT checkpoint directory, or a model id on the Hugging Face Hub."
+    )
+    output_dir: str = _required(
+        "Directory for the trained model, checkpoints, results and plots."
+    )
+    train_file: str | None = _flag(
+        None, "Training data file, used instead of the dataset's training split."
+    )
+    validation_file: str | None = _flag(
+        None, "Validation data file, used instead of the dataset's validation split."
+    )
+    test_file: str | None = _flag(
+        None, "Test data file, used instead of the dataset's test split."
+    )
+    do_train: bool = _flag(False, "Run training.")
+    do_eval: bool = _flag(
+        False, "Run evaluation on the validation split (after training)."
+    )
     do_predict: bool = _flag(False, "Write predictions for the test split.")
-    max_seq_length: Fixed[Length] = _flag(128, "Tokens to truncate examples to.")
+    max_seq_length: Fixed[Length] = _flag(
+        128, "Maximum number of tokens per example; longer examples are truncated."
+    )
     pad_to_max_length: Fixed[bool] = _flag(
-        False, "Pad to --max_seq_length, not just to hold a batch's longest example."
+        False,
+        "Pad all batches to --max_seq_length. By default each batch is padded to the "
+        "smallest of a few fixed lengths that fits.",
     )
     ignore_mismatched_sizes: bool = _flag(
-        False, "Initialize weights of another shape, such as another task's head."
+        False,
+        "Randomly initialize weights whose shapes differ from the checkpoint's, such "
+        "as the head of another task.",
     )
-    overwrite_cache: bool = _flag(False, "Tokenize again what is cached.")
-    num_devices: Limit = _flag(None, "Devices of each process to use, or all of them.")
+    overwrite_cache: bool = _flag(False, "Overwrite the cached tokenized data.")
+    num_devices: Limit = _flag(
+        None, "Number of devices to use per process; all if not set."
+    )
     distributed: bool = _flag(
-        False, "Train on several processes, started by Slurm, Open MPI or the like."
+        False, "Train in several processes, launched by Slurm, Open MPI or similar."
     )
     coordinator_address: str | None = _flag(
-        None, "Host and free port of process 0; implies --distributed."
+        None, "HOST:PORT of process 0, with a free port; implies --distributed."
     )
-    num_processes: Limit = _flag(None, "The number of processes; implies the same.")
+    num_processes: Limit = _flag(
+        None, "Total number of processes; implies --distributed."
+    )
     process_id: Annotated[int | None, 0] = _flag(
-        None, "The number of this process, from 0; implies the same."
+        None, "Index of this process, from 0; implies --distributed."
     )
     heartbeat_timeout_seconds: Count = _flag(
-        100, "Seconds after which a silent process counts as dead, and all end."
+        100,
+        "Seconds without a heartbeat after which a process counts as dead and all "
+        "processes exit.",
     )
-    max_train_samples: Fixed[Limit] = _flag(None, "Train on the first examples only.")
-    max_eval_samples: Limit = _flag(None, "The same for evaluation.")
-    max_predict_samples: Limit = _flag(None, "The same for prediction.")
+    max_train_samples: Fixed[Limit] = _flag(
+        None, "Truncate the training data to this many examples."
+    )
+    max_eval_samples: Limit = _flag(
+        None, "Truncate the validation data to this many examples."
+    )
+    max_predict_samples: Limit = _flag(
+        None, "Truncate the test data to this many examples."
+    )
     per_device_train_batch_size: Count = _flag(
-        8, "Examples per forward pass on each device."
+        8, "Batch size per device for training, per forward pass."
     )
-    per_device_eval_batch_size: Count = _flag(8, "The same in evaluation.")
+    per_device_eval_batch_size: Count = _flag(
+        8, "Batch size per device for evaluation."
+    )
     gradient_accumulation_steps: Count = _flag(
-        1, "Forward passes whose gradients are averaged for one training step."
+        1, "Number of forward passes whose gradients are averaged for one step."
     )
     optim: Fixed[str] = _flag(
         "adamw",
-        "MFAC, adam_mfac, adamw, or an optimizer of Optax such as contrib.muon.",
+        "Optimizer: MFAC, adam_mfac, adamw, or the name of an Optax optimizer such as "
+        "lion or contrib.muon.",
     )
     optim_args: str | None = _flag(
-        None, 'Its hyper-parameters as JSON: \'{"lr": 1e-4, "damp": 1e-6}\'.'
+        None,
+        "Hyper-parameters of --optim as a JSON object, such as "
+        '\'{"lr": 1e-4, "damp": 1e-6}\'.',
     )
-    learning_rate: Amount = _flag(5e-5, 'The peak; "lr" in --optim_args overrides it.')
-    weight_decay: Amount = _flag(0.0, "Not applied to biases and LayerNorm weights.")
-    max_grad_norm: Fixed[Amount] = _flag(1.0, "Gradient norm to clip to; 0: none.")
-    num_train_epochs: Fixed[float] = _flag(3.0, "Passes over the training data.")
-    max_steps: Fixed[int] = _flag(-1, "The number of steps if positive, not epochs.")
+    learning_rate: Amount = _flag(
+        5e-5, 'Peak learning rate; overridden by "lr" in --optim_args.'
+    )
+    weight_decay: Amount = _flag(
+        0.0, "Weight decay for all parameters except biases and LayerNorm weights."
+    )
+    max_grad_norm: Fixed[Amount] = _flag(
+        1.0, "Maximum gradient norm, for clipping; 0 disables clipping."
+    )
+    num_train_epochs: Fixed[float] = _flag(3.0, "Total number of training epochs.")
+    max_steps: Fixed[int] = _flag(
+        -1, "Total number of training steps; overrides --num_train_epochs if positive."
+    )
     lr_scheduler_type: Fixed[
         Literal["linear", "cosine", "constant", "constant_with_warmup"]
-    ] = _flag("linear", "Shape of the learning rate after the warm-up.")
+    ] = _flag("linear", "Learning rate schedule after the warm-up.")
     warmup_ratio: Fixed[float] = _flag(
-        0.0, "Share of the steps in which the learning rate rises linearly from 0."
+        0.0, "Fraction of all steps used for a linear warm-up from 0."
     )
-    warmup_steps: Fixed[Annotated[int, 0]] = _flag(0, "Overrides --warmup_ratio.")
+    warmup_steps: Fixed[Annotated[int, 0]] = _flag(
+        0, "Number of warm-up steps; overrides --warmup_ratio if positive."
+    )
     bf16: Fixed[bool] = _flag(
-        False, "Compute in bfloat16; parameters, gradients and optimizer stay float32."
+        False,
+        "Compute in bfloat16; parameters, gradients and optimizer state stay in "
+        "float32.",
     )
-    logging_steps: Count = _flag(500, "Steps between lines of metrics.jsonl.")
+    logging_steps: Count = _flag(
+        500, "Number of steps between two lines of metrics.jsonl."
+    )
     eval_strategy: Literal["no", "steps", "epoch"] = _flag(
-        "no", "When to evaluate during training; implies --do_eval."
+        "no", "When to evaluate during training; steps and epoch imply --do_eval."
     )
-    eval_steps: Limit = _flag(None, "Steps between evaluations, or --logging_steps.")
+    eval_steps: Limit = _flag(
+        None,
+        "Number of steps between two evaluations with --eval_strategy steps; "
+        "--logging_steps if not set.",
+    )
     save_strategy: Literal["no", "steps", "epoch"] = _flag(
-        "epoch", "When to write a checkpoint that training can resume from."
+        "epoch", "When to save checkpoints during training."
     )
-    save_steps: Count = _flag(500, "Steps between two checkpoints.")
-    save_total_limit: Count = _flag(1, "Newest checkpoints to keep; also the best one.")
+    save_steps: Count = _flag(
+        500, "Number of steps between two checkpoints with --save_strategy steps."
+    )
+    save_total_limit: Count = _flag(
+        1,
+        "Number of newest checkpoints to keep; with --load_best_model_at_end also the "
+        "best one.",
+    )
     save_window: bool = _flag(
-        True, "Keep M-FAC's gradients in checkpoints; without, it resumes with none."
+        True,
+        "Whether checkpoints include M-FAC's window; without it, a resumed run starts "
+        "with an empty one.",
     )
     load_best_model_at_end: bool = _flag(
-        False, "End with the parameters of the best checkpoint, not with the last ones."
+        False, "Load the best checkpoint at the end of training."
     )
-    metric_for_best_model: str = _flag("loss", 'What "best" means, such as f1.')
+    metric_for_best_model: str = _flag(
+        "loss", "Metric that selects the best checkpoint, such as loss or f1."
+    )
     resume_from_checkpoint: str | None = _flag(
         None,
-        'The checkpoint to resume from; "last" or no value: the last in --output_dir.',
+        'Checkpoint directory to resume from; "last" or no value selects the last '
+        "checkpoint in --output_dir.",
         nargs="?",
         const="last",
     )
-    report_to: Literal["none", "tensorboard"] = _flag("none", "Where else metrics go.")
-    seed: Fixed[Annotated[int, 0]] = _flag(42, "For new weights, order and dropout.")
+    report_to: Literal["none", "tensorboard"] = _flag(
+        "none", "Additional integration to report metrics to."
+    )
+    seed: Fixed[Annotated[int, 0]] = _flag(
+        42, "Random seed for new weights, data order and dropout."
+    )
     overwrite_output_dir: bool = _flag(
-        False, "Start over in a directory that is not empty; deletes its checkpoints."
+        False, "Start over in a non-empty --output_dir and delete its checkpoints."
     )
 
     @classmethod
     def _annotated(cls, kind: type) -> dict[str, Any]:
-        """Returns by name of a flag its annotation of this type."""
+        """Returns the flags' annotations of this type, by flag name."""
         return {
             name: annotation
             for name, hint in get_type_hints(cls, include_extras=True).items()
@@ -162,11 +230,11 @@ class Arguments:
 
     @property
     def data_name(self) -> str:
-        """The name of the training data, without folders and endings."""
+        """The name of the training data, without directories and extensions."""
         return Path(self.train_file or "").stem
 
     def check(self) -> None:
-        """Raises a UserError for a flag out of range, or flags that do not fit."""
+        """Raises a UserError if a flag is out of range or flags are incompatible."""
         for name, least in self._annotated(int).items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
@@ -181,14 +249,14 @@ class Arguments:
             raise UserError(f"--warmup_ratio must be in [0, 1], got {ratio}.")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise UserError(
-                "there is nothing to do: give --do_train, --do_eval, --do_predict or "
-                "more than one of them."
+                "there is nothing to do: give at least one of --do_train, --do_eval "
+                "and --do_predict."
             )
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or ratio):
             flag = "--warmup_steps" if self.warmup_steps else "--warmup_ratio"
             raise UserError(
-                f"--lr_scheduler_type constant has no warm-up, which {flag} asks for: "
-                "give constant_with_warmup."
+                f"--lr_scheduler_type constant has no warm-up, but {flag} is set: give "
+                "constant_with_warmup."
             )
         if self.seed >= 2**32:
             # JAX would drop the higher bits.
@@ -211,7 +279,7 @@ class Arguments:
             )
 
     def _check_files(self, data_flag: str) -> None:
-        """Checks that there are data for everything to do, without ``data_flag``."""
+        """Raises a UserError if an action has neither ``data_flag`` nor a file."""
         files = {"train": "train", "eval": "validation", "predict": "test"}
         for action, split in files.items():
             if getattr(self, f"do_{action}") and getattr(self, f"{split}_file") is None:
@@ -224,16 +292,17 @@ class GlueArguments(Arguments):
 
     task_name: Fixed[str | None] = _flag(
         None,
-        "The GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli. Without "
-        "it, the data are the files given: .csv, .tsv, .json, .jsonl or .parquet.",
+        "GLUE task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli. Without it, "
+        "give --dataset_name or .csv, .tsv, .json, .jsonl or .parquet files.",
     )
     dataset_name: str | None = _flag(
         None,
-        "A hub id, or a directory with {train,validation}-*.parquet, for a GLUE task "
-        "in the folder of its name; by default nyu-mll/glue.",
+        "Dataset id on the Hub, or a directory with {train,validation}-*.parquet, in a "
+        "subdirectory TASK_NAME for a GLUE task; nyu-mll/glue if only --task_name is "
+        "set.",
     )
     dataset_config_name: str | None = _flag(
-        None, "The configuration of a data set that is not GLUE's."
+        None, "Configuration name of the dataset; cannot be used with --task_name."
     )
 
     @property
@@ -257,33 +326,33 @@ class QaArguments(Arguments):
 
     dataset_name: str | None = _flag(
         None,
-        "A hub id, or a directory with {train,validation}-*.parquet, itself or one "
-        "folder deeper. Without it, the data are the files given: SQuAD's own .json, "
-        "or .jsonl or .parquet.",
+        "Dataset id on the Hub, or a directory with {train,validation}-*.parquet, at "
+        "the top or one level deeper. Without it, give files: .json as published for "
+        "SQuAD, .jsonl or .parquet.",
     )
     dataset_config_name: str | None = _flag(
-        None, "The configuration of the data set, where it has several."
+        None, "Configuration name of the dataset, if it has several."
     )
     version_2_with_negative: bool = _flag(
-        False, "Some questions have no answer, as in SQuAD version 2."
+        False, "Some questions have no answer, as in SQuAD v2."
     )
     max_seq_length: Fixed[Length] = _flag(
-        384, "Maximum tokens of a question with a chunk of its context."
+        384, "Maximum number of tokens of a question with a chunk of its context."
     )
     doc_stride: Fixed[Annotated[int, 0]] = _flag(
-        128, "Tokens that two neighboring chunks of a long context share."
+        128, "Number of tokens that neighboring chunks of a long context share."
     )
-    n_best_size: Count = _flag(20, "Answers to list per question.")
-    max_answer_length: Count = _flag(30, "Maximum tokens of an answer.")
+    n_best_size: Count = _flag(20, "Number of answers to list per question.")
+    max_answer_length: Count = _flag(30, "Maximum number of tokens of an answer.")
     null_score_diff_threshold: float = _flag(
         0.0,
-        "With --version_2_with_negative, a question is left unanswered if the score of "
-        "no answer exceeds that of the best answer by more than this.",
+        "Predict no answer if its score exceeds the best answer's score by more than "
+        "this threshold; only used with --version_2_with_negative.",
     )
     metric_for_best_model: str = _flag(
         "f1",
-        'What "best" means: f1 or exact_match; with --version_2_with_negative f1 or '
-        "exact, or that of a group, such as HasAns_f1.",
+        "Metric that selects the best checkpoint: f1 or exact_match; with "
+        "--version_2_with_negative f1 or exact, also of a group, such as HasAns_f1.",
     )
 
     @property
@@ -302,30 +371,30 @@ class QaArguments(Arguments):
 
 
 class _Parser(HfArgumentParser):
-    """Raises what argparse would print below its usage."""
+    """Raises argparse errors as UserErrors, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        hint = "; give a whole number" if "invalid int value" in message else ""
+        hint = "; give an integer" if "invalid int value" in message else ""
         raise UserError(f"{message}{hint}. --help lists the flags.")
 
 
 def _hint(flag: str, known: Sequence[str]) -> str:
-    """Returns what was probably meant by an unknown flag."""
+    """Returns a hint about an unknown flag, for its error message."""
     name = flag.partition("=")[0].lstrip("-").replace("-", "_")
     similar = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else []
     similar += difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"; did you mean --{similar[0]}?" if similar else "; --help lists them."
+    return f"; did you mean --{similar[0]}?" if similar else "; --help lists all flags."
 
 
 def _flags_in_file(path: str) -> list[str]:
-    """Returns the flags that a JSON object holds, as if they had been typed."""
+    """Reads flags from a JSON file; returns them as command-line arguments."""
     try:
         flags = json.loads(Path(path).read_text("utf-8-sig"))
         items = [(f"--{name}", value) for name, value in flags.items()]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} holds no JSON object of flags: {error}.") from error
+        raise UserError(f"{path} is not a JSON object of flags: {error}.") from error
     typed = []
     for flag, value in items:
         if value is not None:
@@ -340,7 +409,7 @@ AnyArguments = TypeVar("AnyArguments", bound=Arguments)
 def parse_arguments(
     kind: type[AnyArguments], argv: Sequence[str] | None = None
 ) -> AnyArguments:
-    """Parses and checks the flags of a script, by default those typed."""
+    """Parses and validates the flags of a script, by default `sys.argv`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if len(argv) == 1 and argv[0].endswith(".json"):
         argv = _flags_in_file(argv[0])
@@ -350,7 +419,7 @@ def parse_arguments(
     )
     if unknown:
         known = [field.name for field in dataclasses.fields(kind)]
-        raise UserError(f"{unknown[0]} is no flag{_hint(unknown[0], known)}")
+        raise UserError(f"unknown flag {unknown[0]}{_hint(unknown[0], known)}")
     if args.eval_strategy != "no":
         args = dataclasses.replace(args, do_eval=True)
     if isinstance(args, GlueArguments) and args.task_name is not None:

@@ -1,4 +1,4 @@
-"""What the scripts share: one-line errors, and JAX set up for training."""
+"""Helpers shared by the scripts: one-line errors and the JAX configuration."""
 
 import ctypes
 import io
@@ -18,10 +18,10 @@ _KEEP_FREED = {-1: 2**31 - 1, -3: 2**30}
 
 
 def run_script(main: Callable[[], Any], interrupted: str) -> None:
-    """Runs a script; prints user errors as one line and exits with a code.
+    """Runs a script; prints a user error as one line and sets the exit code.
 
-    With ``FINETUNE_TRACEBACK=1`` in the environment user errors keep their traceback,
-    as all other errors always do. ``interrupted`` is what Ctrl-C means to the script.
+    ``FINETUNE_TRACEBACK=1`` in the environment keeps the traceback of user errors;
+    other errors always keep theirs. ``interrupted`` ends the message after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -40,15 +40,15 @@ def run_script(main: Callable[[], Any], interrupted: str) -> None:
 
 
 def set_up_jax() -> None:
-    """Keeps compiled programs on disk, and on a CPU freed memory in the process.
+    """Caches compiled programs on disk, and on CPU keeps freed memory in the process.
 
-    A run that is resumed, or differs only in its seed, then starts without compiling,
-    unless JAX is configured otherwise.
+    A resumed run, or one that differs only in its seed, then starts without compiling.
+    An existing JAX configuration of the cache takes precedence.
 
-    On a CPU, XLA allocates its temporaries again at every step, and glibc returns large
-    blocks to the system at once: 44,000 page faults a step of BERT-tiny at batch 32,
-    length 128, a quarter of its time. Only the main thread keeps blocks of that size,
-    so programs run there.
+    On CPU, XLA allocates its temporaries again at every step, and glibc returns large
+    blocks to the system immediately: 44,000 page faults per step of BERT-tiny at batch
+    32, length 128, a quarter of its time. Only the main thread keeps blocks of that
+    size, so programs run there.
     """
     import jax
 

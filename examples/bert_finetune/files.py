@@ -1,4 +1,4 @@
-"""Files written atomically, by the first process of a run alone."""
+"""Reads and writes text and JSON; only the first process of a run writes."""
 
 import json
 import math
@@ -17,13 +17,13 @@ def write_text(path: Path, text: str) -> None:
     if jax.process_index() > 0:
         return
     partial = path.with_name(f".{path.name}.partial")
-    # Names of files need not be UTF-8.
+    # The text may contain file names that are not UTF-8.
     partial.write_text(text, "utf-8", errors="replace")
     os.replace(partial, path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file atomically; numbers that are not finite become null."""
+    """Writes a JSON file atomically; non-finite numbers become null."""
     text = json.dumps(_finite(content), indent=4, sort_keys=True, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -52,7 +52,7 @@ def write_json_lines(path: Path, contents: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_numbers(text: str | bytes) -> Any:
-    """Returns an object in JSON whose null is a number that was not finite."""
+    """Parses JSON; null values of objects become NaN."""
     return json.loads(text, object_hook=_with_nan)
 
 
@@ -61,7 +61,7 @@ def _with_nan(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a `.jsonl` file, without a last line that a killed run left torn."""
+    """Reads a `.jsonl` file; drops a last line that a killed run left truncated."""
     lines = path.read_bytes().splitlines()
     contents = []
     for number, line in enumerate(lines, start=1):
@@ -72,5 +72,5 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(content, dict):
             contents.append(content)
         elif number < len(lines):
-            raise UserError(f"line {number} of {path} is not an object in JSON.")
+            raise UserError(f"line {number} of {path} is not a JSON object.")
     return contents

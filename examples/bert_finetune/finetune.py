@@ -1,4 +1,4 @@
-"""Fine-tuning, whatever the task: train, evaluate, predict, report."""
+"""Task-independent driver: train, evaluate, predict, report."""
 
 import contextlib
 import json
@@ -21,11 +21,11 @@ from bert_finetune.training.task import Task
 def finetune(
     args: Arguments, load_task: Callable[[Any], Task], command: str
 ) -> dict[str, float]:
-    """Does what the flags say and writes what it finds; returns the evaluation.
+    """Trains, evaluates and predicts as flagged; returns the evaluation results.
 
-    ``command`` is for the model card.
+    ``command`` is the command line, for the model card.
     """
-    # Before anything slow.
+    # Validates before anything slow.
     hyperparams = optimizers.parse_hyperparams(args) if args.do_train else {}
     devices.join(args)
     mesh = devices.make_mesh(args.num_devices)
@@ -60,7 +60,7 @@ def _finetune(
             task.predict(params)
         if run is not None and jax.process_index() == 0:
             _write_reports(run, command, directory, results)
-        # Last, since it says that nothing is left to do.
+        # Written last: it marks the run as finished.
         path = directory / "all_results.json"
         earlier = json.loads(path.read_text()) if path.exists() else {}
         write_json(path, {**earlier, **train_results, **results})
@@ -70,7 +70,7 @@ def _finetune(
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Turns a lack of memory on the device, or of a process, into a user error."""
+    """Turns an out-of-memory error or a lost process into a user error."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -78,14 +78,14 @@ def _explained() -> Iterator[None]:
             if jax.process_count() == 1:
                 raise
             raise UserError(
-                f"process {jax.process_index()} has lost another one, whose output has "
-                f"the reason ({first_line(error)}). Once all have ended, the same "
-                "command resumes from the last checkpoint."
+                f"process {jax.process_index()} lost another process, whose output "
+                f"shows why ({first_line(error)}). Once all have ended, rerun the same "
+                "command to resume from the last checkpoint."
             ) from error
         raise UserError(
-            "the device has not enough memory: lower --per_device_train_batch_size, "
-            "and raise --gradient_accumulation_steps for the same steps; for MFAC "
-            "and adam_mfac also num_grads in --optim_args."
+            "the device is out of memory: lower --per_device_train_batch_size and "
+            "raise --gradient_accumulation_steps for the same total batch size; for "
+            "MFAC and adam_mfac also lower num_grads in --optim_args."
         ) from error
 
 

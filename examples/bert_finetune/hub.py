@@ -1,4 +1,4 @@
-"""Models and data sets on the Hugging Face Hub."""
+"""Downloads models from the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _MODEL_FILES = ["config.json", "vocab.txt", "tokenizer*", "special_tokens_map.js
 
 
 def resolve_model(name_or_path: str) -> Path:
-    """Returns the directory of a model: a local one, or a hub id fetched or cached."""
+    """Returns the directory of a model; downloads a Hub id unless it is cached."""
     path = Path(name_or_path)
     if path.is_dir():
         return path
@@ -19,7 +19,7 @@ def resolve_model(name_or_path: str) -> Path:
         return Path(snapshot_download(name_or_path, allow_patterns=[*patterns]))
 
     try:
-        # In one file, or in several and an index.
+        # One file, or several with an index.
         directory = fetch(*_MODEL_FILES, "model*.safetensors*")
         if not any(directory.glob("model*.safetensors*")):
             directory = fetch(*_MODEL_FILES, "pytorch_model*.bin*")

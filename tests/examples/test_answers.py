@@ -10,7 +10,7 @@ NUM_QUESTION_TOKENS = 3  # [CLS], a word, [SEP].
 
 
 def chunks_of(pieces):
-    """Chunks of the words of contexts, given as pairs (question, slice of words)."""
+    """Returns chunks of the contexts, given as pairs (question, slice of words)."""
     firsts, ends, starts = [], [], [0]
     for question, piece in pieces:
         words = range(len(CONTEXTS[question].split()))[piece]

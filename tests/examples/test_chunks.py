@@ -13,7 +13,7 @@ def tokenizer(tmp_path_factory):
 
 
 def generated(num, seed):
-    """Questions with contexts of words, unknown words, punctuation and odd spaces."""
+    """Returns questions and contexts with unknown words, punctuation and odd spaces."""
     rng = np.random.default_rng(seed)
     words = [*toy_bert.WORDS, "Good", "Café", "unknown", "red,", "(blue)", "cat's"]
     spaces = [" ", "  ", "\n", "\u00a0"]
@@ -35,7 +35,7 @@ def cut(columns, tokenizer, max_length, stride):
 
 
 def expected_chunks(columns, tokenizer, max_length, stride):
-    """Tokens and offsets by definition, from texts tokenized alone."""
+    """Yields tokens and offsets by definition, from separately tokenized texts."""
     alone = {"add_special_tokens": False, "return_offsets_mapping": True}
     for row, (question, context) in enumerate(zip(*columns.values(), strict=True)):
         asked, told = tokenizer(question, **alone), tokenizer(context, **alone)
@@ -58,7 +58,7 @@ def expected_chunks(columns, tokenizer, max_length, stride):
 @pytest.mark.parametrize(
     ("max_length", "stride"), [(32, 0), (32, 5), (24, 1), (30, 9), (200, 50)]
 )
-def test_chunks_are_those_of_the_definition(tokenizer, max_length, stride):
+def test_chunks_match_the_definition(tokenizer, max_length, stride):
     columns = generated(80, seed=max_length + stride)
     found = cut(columns, tokenizer, max_length, stride)
     starts = found.features.starts
@@ -99,10 +99,10 @@ def test_every_answer_is_recovered_from_its_tokens(tokenizer):
         firsts, ends = found.first_chars[tokens], found.end_chars[tokens]
         [inside] = np.nonzero(firsts >= 0)
         answer = answers[row]
-        whole = (
+        is_inside = (
             answer and firsts[inside[0]] <= answer[0] and answer[1] <= ends[inside[-1]]
         )
-        if not whole:
+        if not is_inside:
             assert first == last == 0
             continue
         recovered.add(row)
@@ -110,17 +110,17 @@ def test_every_answer_is_recovered_from_its_tokens(tokenizer):
         assert last in inside
         assert firsts[first] <= answer[0]
         assert answer[1] <= ends[last]
-        # No narrower span holds it.
+        # No narrower span contains it.
         assert first == inside[-1] or firsts[first + 1] > answer[0]
         assert last == inside[0] or ends[last - 1] < answer[1]
     for row, answer in enumerate(answers):
         context = columns["context"][row]
-        # Blanks at either end of a context are of no token.
+        # Whitespace at either end of a context has no token.
         if answer and context[: answer[0]].strip() and context[answer[1] :].strip():
             assert row in recovered
 
 
-def test_an_answer_of_whole_words_is_these_words(tokenizer):
+def test_an_answer_of_complete_words_is_recovered_exactly(tokenizer):
     rows = toy_bert.questions(60, with_negative=True)
     columns = {name: [row[name] for row in rows] for name in ("question", "context")}
     found = cut(columns, tokenizer, 20, 4)
@@ -141,7 +141,7 @@ def test_an_answer_of_whole_words_is_these_words(tokenizer):
 
 
 def test_the_last_word_of_a_chunk_can_be_the_answer(tokenizer):
-    """Hugging Face's script goes on to [SEP] and padding, whose offsets are 0."""
+    """Hugging Face's script searches on into [SEP] and padding, with offsets 0."""
     columns = {"question": ["yes"], "context": ["red blue cat dog film"]}
     found = cut(columns, tokenizer, 7, 1)  # Three tokens of context in each.
     positions = chunks.answer_positions(found, [(9, 12)])
@@ -152,14 +152,14 @@ def test_the_last_word_of_a_chunk_can_be_the_answer(tokenizer):
 
 @pytest.fixture
 def jamo_tokenizer(tmp_path):
-    """Takes a Hangul syllable apart, so that three tokens are of one character."""
+    """Splits a Hangul syllable into three tokens that share one character."""
     toy_bert.write_model(tmp_path)
     with open(tmp_path / "vocab.txt", "a") as file:
         file.write("\u1112\n##\u1161\n##\u11ab\n")
     return pretrained.read_tokenizer(tmp_path)
 
 
-def test_several_tokens_can_be_of_one_character(jamo_tokenizer):
+def test_several_tokens_can_share_one_character(jamo_tokenizer):
     columns = {"question": ["yes"], "context": ["red \ud55c blue"]}
     found = cut(columns, jamo_tokenizer, 12, 2)
     assert found.first_chars.tolist() == [-1, -1, -1, 0, 4, 4, 4, 6, -1]
@@ -167,7 +167,7 @@ def test_several_tokens_can_be_of_one_character(jamo_tokenizer):
     assert (positions["start_positions"], positions["end_positions"]) == (4, 6)
     columns["question"] = ["\ud55c " * 30]
     found = cut(columns, jamo_tokenizer, 16, 4)
-    # Eight tokens of the question would fit, two syllables and two thirds.
+    # Eight question tokens would fit: two syllables and two thirds of the next.
     assert found.first_chars.tolist() == [-1] * 8 + [0, 4, 4, 4, 6, -1]
 
 

@@ -12,7 +12,7 @@ NAMES = [
 
 @pytest.fixture
 def config(monkeypatch, tmp_path):
-    """JAX's settings as they are without a cache; afterwards as they were."""
+    """Yields JAX's configuration without a cache; restores it afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = {name: getattr(jax.config, f"jax_{name}") for name in NAMES}
     jax.config.update("jax_compilation_cache_dir", None)
@@ -21,13 +21,13 @@ def config(monkeypatch, tmp_path):
         jax.config.update(f"jax_{name}", value)
 
 
-def test_programs_are_kept_in_the_cache_of_the_user(config, tmp_path):
+def test_programs_are_cached_in_the_users_cache_directory(config, tmp_path):
     cli.set_up_jax()
     assert config.jax_compilation_cache_dir == str(tmp_path / "mfac_jax" / "xla")
     assert config.jax_compilation_cache_max_size > 0
 
 
-def test_what_jax_was_told_stays(config):
+def test_an_existing_jax_configuration_is_kept(config):
     jax.config.update("jax_compilation_cache_dir", "elsewhere")
     cli.set_up_jax()
     assert config.jax_compilation_cache_dir == "elsewhere"
@@ -45,7 +45,7 @@ def test_what_jax_was_told_stays(config):
         (KeyboardInterrupt(), "interrupted; nothing is lost."),
     ],
 )
-def test_errors_of_the_user_are_a_line_and_an_exit_code(error, code, monkeypatch):
+def test_user_errors_are_one_line_and_an_exit_code(error, code, monkeypatch):
     def main():
         raise error
 

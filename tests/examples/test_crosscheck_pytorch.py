@@ -1,4 +1,4 @@
-"""The cross-check, with float64 NumPy in the place of the authors' code."""
+"""Tests the cross-check with float64 NumPy in place of the authors' code."""
 
 import contextlib
 
@@ -55,7 +55,7 @@ def test_a_directory_without_the_code_is_named(tmp_path):
         pass
 
 
-def test_what_the_code_imports_is_asked_for(tmp_path):
+def test_a_missing_torch_is_reported(tmp_path):
     (tmp_path / "optim.py").write_text("import a_torch_that_is_not_there\n")
     with (
         pytest.raises(UserError, match="pip install torch"),

@@ -37,7 +37,7 @@ def test_pairs_as_bert_sees_them(tokenizer):
     tokens = [tokenizer.convert_ids_to_tokens(row) for row in batch["input_ids"]]
     assert tokens == [
         "[CLS] good film [SEP] no [SEP] [PAD] [PAD]".split(),
-        # The longer text gives way.
+        # The longer text is truncated.
         "[CLS] red red red [SEP] blue cat [SEP]".split(),
     ]
     assert batch["attention_mask"].tolist() == [[1] * 6 + [0] * 2, [1] * 8]
@@ -80,7 +80,7 @@ def test_tokens_are_cached_until_something_changes(tmp_path, tokenizer):
 
 
 def features_of(sizes, seed=0):
-    """Examples of these sizes; the first token of each is its number."""
+    """Returns examples of these sizes; the first token of each is its index."""
     rng = np.random.default_rng(seed)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     tokens = rng.integers(1, 50, starts[-1]).astype(np.int32)
@@ -114,10 +114,11 @@ def test_every_epoch_has_every_example_once_in_another_order():
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 6])
-def test_the_order_goes_on_where_it_stopped(start):
+def test_the_order_resumes_where_it_stopped(start):
     train_data = train_data_of([3] * 10, 4, 7)
-    whole = list(map(seen, train_batches(train_data)))
-    assert list(map(seen, train_batches(train_data, start))) == whole[start:]
+    uninterrupted = list(map(seen, train_batches(train_data)))
+    resumed = list(map(seen, train_batches(train_data, start)))
+    assert resumed == uninterrupted[start:]
 
 
 @pytest.mark.parametrize("max_length", [17, 32, 100, 128, 512])
@@ -151,7 +152,7 @@ def test_a_batch_is_padded_to_the_smallest_length_that_holds_it():
 
 @pytest.mark.parametrize("num_steps", [1, 5, 13])
 @pytest.mark.parametrize("lengths", [(8,), (2, 4, 8)])
-def test_distinct_tokens_of_the_batches_to_come(num_steps, lengths):
+def test_distinct_tokens_are_exact_if_all_batches_are_known(num_steps, lengths):
     sizes = np.random.default_rng(0).integers(1, 9, 23)
     train_data = train_data_of(sizes, 4, num_steps, lengths)
     batches = list(train_batches(train_data))
@@ -189,7 +190,7 @@ def test_prefetching_changes_nothing_and_runs_ahead_a_little():
     assert main not in made
 
 
-def test_an_error_while_prefetching_comes_in_its_turn():
+def test_an_error_while_prefetching_is_raised_in_order():
     def numbers():
         yield 1
         raise ValueError("the second")

@@ -1,4 +1,4 @@
-"""Runs on several devices and in several processes, against runs on one device."""
+"""Compares runs on several devices or processes with runs on one device."""
 
 import json
 import os
@@ -41,7 +41,7 @@ ACCUMULATED = ["--gradient_accumulation_steps", "2"]
 
 
 def command(root, output_dir, num_devices, batch_size, *flags):
-    """A run whose batch is spread over these devices."""
+    """Returns the flags of a run whose batch is split over these devices."""
     return [
         *("--model_name_or_path", str(root / "model"), "--task_name", "sst2"),
         *("--dataset_name", str(root / "glue"), "--output_dir", str(output_dir)),
@@ -66,7 +66,7 @@ def assert_same_losses(output_dir, other, num_steps):
 
 
 def cut_off(output_dir, step):
-    """Leaves what a run that was killed after this checkpoint would have left."""
+    """Removes what a run killed after this checkpoint would not have written."""
     for path in output_dir.iterdir():
         if (checkpoints.step_of(path) or 0) > step or path.name == "model.safetensors":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -87,7 +87,7 @@ MFAC = ["--optim", "MFAC", "--optim_args", '{"lr": 1e-2, "num_grads": 8}']
     ("flags", "resumed_on"),
     [
         ([*ADAMW, *ACCUMULATED, "--do_eval"], {}),
-        # Each checkpoint is resumed on other devices, the last one on the first ones.
+        # Resumes step 2 on two devices, then step 4 on eight again.
         (MFAC, {2: 2, 4: 8}),
     ],
     ids=["adamw", "MFAC"],
@@ -129,7 +129,7 @@ def test_no_device_holds_the_whole_window(toy):
 
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
-    """The recorded BERT with dropout, and sentences for it."""
+    """Writes the recorded BERT with dropout, and sentences for it."""
     root = tmp_path_factory.mktemp("micro")
     shutil.copytree(MICRO, root / "model")
     config = json.loads((MICRO / "config.json").read_text())
@@ -206,7 +206,7 @@ def start_processes(argv, victim=None):
 
 
 def outputs_of(processes):
-    """Waits until all have ended by themselves."""
+    """Waits for all processes to end; returns their outputs."""
     try:
         return [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -238,7 +238,7 @@ def test_when_a_process_dies_the_other_ends(micro, micro_alone, tmp_path, victim
     assert processes[victim].returncode == -signal.SIGKILL, outputs
     assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
     output = outputs[1 - victim]
-    assert "the same command resumes from the last checkpoint" in output
+    assert "rerun the same command to resume from the last checkpoint" in output
     assert "another task died" in output
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
     run_glue.main(command(micro, tmp_path, 1, 16, *MICRO_FLAGS))

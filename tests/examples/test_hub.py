@@ -12,8 +12,8 @@ def test_a_directory_needs_no_hub(tmp_path):
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_without_a_hub_the_error_names_the_way_out(monkeypatch, offline):
-    """Its address rejects connections, or HF_HUB_OFFLINE is set."""
+def test_without_a_hub_the_error_names_the_remedy(monkeypatch, offline):
+    """The Hub rejects connections, or HF_HUB_OFFLINE is set."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -25,6 +25,6 @@ def test_without_a_hub_the_error_names_the_way_out(monkeypatch, offline):
         hub.resolve_model("prajjwal1/bert-tiny")
 
 
-def test_what_is_no_name_on_the_hub_either():
+def test_an_invalid_hub_id_is_rejected():
     with pytest.raises(UserError, match="'no such/thing/here' is not a local dir"):
         hub.resolve_model("no such/thing/here")

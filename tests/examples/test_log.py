@@ -48,7 +48,7 @@ def read_scalars(path):
     }
 
 
-def test_tensorboard_gets_what_the_lines_have(tmp_path):
+def test_tensorboard_has_the_values_of_the_lines(tmp_path):
     with Log(tmp_path, 0, 4, 2, 2, True, {}) as log:
         for step in (1, 2):
             log.step(step, {"loss": step / 4, "learning_rate": 0.25})
@@ -66,10 +66,10 @@ def test_tensorboard_gets_what_the_lines_have(tmp_path):
     }
 
 
-def test_tensorboard_hides_the_steps_a_resumed_run_takes_again(tmp_path):
+def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path):
     from tensorboardX.proto.event_pb2 import SessionLog
 
-    # At once, where the library by itself would write over the first file.
+    # Within a second; by default the library would overwrite the first file.
     for start in (0, 3):
         with Log(tmp_path, start, 9, 3, 1, True, {}) as log:
             for step in (start + 1, start + 2):

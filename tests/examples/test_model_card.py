@@ -36,7 +36,7 @@ def write(
     flags=None,
     **changes,
 ):
-    """Returns the text of a card, and the card as the hub's library reads it."""
+    """Returns the text of a card, and the card as `huggingface_hub` reads it."""
     directory.mkdir(exist_ok=True)
     path = directory / "README.md"
     model_card.write_model_card(
@@ -79,7 +79,7 @@ def test_front_matter_is_what_the_hub_reads(tmp_path):
     json.dumps(index, allow_nan=False)
 
 
-def test_text_says_how_the_model_came_about(tmp_path):
+def test_text_says_how_the_model_was_trained(tmp_path):
     text, _ = write(tmp_path / "my-model")
     for part in (
         "# my-model\n",
@@ -117,7 +117,7 @@ def test_table_is_short(tmp_path, number, shown):
 
 
 @pytest.mark.parametrize("name", ["bert-tiny", "./bert-tiny", "runs/bert-tiny", None])
-def test_directories_are_no_ids(tmp_path, monkeypatch, name):
+def test_directories_are_not_hub_ids(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     directory = tmp_path / (name or "bert-tiny")
     directory.mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_a_run_without_evaluations_has_a_card(tmp_path):
         ("question-answering", "AutoModelForQuestionAnswering"),
     ],
 )
-def test_loading_is_python_for_the_kind_of_model(tmp_path, tag, auto_class):
+def test_the_loading_code_fits_the_kind_of_model(tmp_path, tag, auto_class):
     results = {"eval_exact_match": 80.5, "eval_f1": 88.25}
     text, card = write(
         tmp_path / "it's",
@@ -192,7 +192,7 @@ def test_odd_texts_break_nothing(tmp_path, odd):
     assert f"```bash\n{shown}\n```" in text
 
 
-def test_flags_named_are_those_that_tell_something(tmp_path):
+def test_only_informative_flags_are_listed(tmp_path):
     text, _ = write(tmp_path, flags={"warmup_ratio": 0.1, "task_name": "mrpc"})
     listed = text.split("```\n\n- ")[1].split("\n\n")[0].split("\n- ")
     assert listed == [

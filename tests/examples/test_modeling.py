@@ -23,7 +23,7 @@ HEADS = {
 
 
 def recorded_model(head, dtype):
-    """A recorded model as a pure function, its parameters and its batches."""
+    """Returns a recorded model as a pure function, and its parameters."""
     directory = REFERENCE / "bert_logits" / head
     model_class, _ = HEADS[head]
     config = pretrained.read_config(directory)
@@ -37,9 +37,9 @@ def recorded_model(head, dtype):
 
 
 @pytest.mark.parametrize("head", HEADS)
-# The recording keeps float32's digits of the float64 logits.
+# The float64 logits are recorded with the precision of float32.
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 5e-6), ("float64", 1e-7)])
-def test_logits_are_those_of_torch(head, dtype, bound):
+def test_logits_match_torch(head, dtype, bound):
     recorded = np.load(REFERENCE / "bert_logits" / "expected.npz")
     with jax.enable_x64(dtype == "float64"):
         apply, params = recorded_model(head, jnp.dtype(dtype))
@@ -96,7 +96,7 @@ def test_padding_is_not_seen():
     np.testing.assert_allclose(apply(params, cut, None), logits[:1], rtol=1e-5)
 
 
-def test_bfloat16_is_of_the_computation_alone():
+def test_bfloat16_applies_to_the_computation_only():
     apply, params, batch = toy_apply()
     config = BertConfig(**toy_bert.CONFIG, num_labels=3)
     narrow = bert.make_apply(
@@ -153,6 +153,6 @@ def test_initialization_follows_seed_and_config():
         ({"num_attention_heads": 3}, "hidden_size 16.* num_attention_heads 3"),
     ],
 )
-def test_a_config_it_cannot_follow_is_refused(entries, message):
+def test_an_unsupported_config_is_rejected(entries, message):
     with pytest.raises(UserError, match=message):
         bert.check_config(BertConfig(**toy_bert.CONFIG | entries))

@@ -49,7 +49,7 @@ def test_hyperparameters_come_from_optim_args_flags_and_defaults():
         "word_lr": None,
         "weight_decay": 0.1,
     }
-    # "lr" overrides --learning_rate, and the decay scales whichever holds.
+    # "lr" overrides --learning_rate; the schedule scales whichever is used.
     assert optimizer.schedule(0) == pytest.approx(1e-3)
     assert optimizer.schedule(5) == pytest.approx(5e-4)
     optimizer = make_optimizer(args_of("adamw"), 10)
@@ -66,8 +66,8 @@ def test_hyperparameters_come_from_optim_args_flags_and_defaults():
 
 @pytest.mark.parametrize("num_warmup", [0, 1, 8, 29, 30, 45])
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
-def test_schedule_is_that_of_hugging_face(kind, num_warmup):
-    """`get_{kind}_schedule_with_warmup`, for as long as training lasts."""
+def test_the_schedules_are_hugging_faces(kind, num_warmup):
+    """Compares with `get_{kind}_schedule_with_warmup` during training."""
     num_steps = 30
     flags = ("--lr_scheduler_type", kind, "--warmup_steps", str(num_warmup))
     schedule = make_schedule(args_of("adamw", None, *flags), 2.0, num_steps)
@@ -171,7 +171,7 @@ def test_decay_spares_biases_and_norms(optim):
         (
             "lion",
             '{"learning_rate": 1}',
-            "unknown key 'learning_rate'; lion knows lr, b1, b2, mu_dtype, weight_dec",
+            "unknown key 'learning_rate'; lion accepts lr, b1, b2, mu_dtype, weight_",
         ),
         ("lion", '{"mask": null}', "unknown key 'mask'"),
         ("lars", '{"weight_decay_mask": true}', "unknown key 'weight_decay_mask'"),
@@ -190,7 +190,7 @@ def test_decay_spares_biases_and_norms(optim):
         (
             "contrib.muon",
             '{"ns_coeffs": "x"}',
-            "does not take these .*preset string: x",
+            "does not accept these .*preset string: x",
         ),
         (
             "contrib.dpsgd",
@@ -199,13 +199,13 @@ def test_decay_spares_biases_and_norms(optim):
         ),
         ("contrib.schedule_free", None, "evaluates other parameters than"),
         ("optax.contrib.schedule_free_sgd", None, "evaluates other parameters than"),
-        ("lion", '{"mu_dtype": "bf16"}', "does not take these --optim_args .*'bf16'"),
-        ("sm3", None, "takes no schedule as its learning rate"),
+        ("lion", '{"mu_dtype": "bf16"}', "does not accept these --optim_args .*'bf16'"),
+        ("sm3", None, "does not accept a learning rate schedule"),
         ("MFAC", '{"lr": 1e-4', "--optim_args is not valid JSON"),
         ("MFAC", "lr=1e-4", "--optim_args is not valid JSON"),
         ("MFAC", "[1]", "must be a JSON object"),
-        ("MFAC", '{"ngrads": 8}', "unknown key 'ngrads'; MFAC knows lr, num_grads"),
-        ("adamw", '{"damp": 1e-6}', "unknown key 'damp'; adamw knows lr, b1"),
+        ("MFAC", '{"ngrads": 8}', "unknown key 'ngrads'; MFAC accepts lr, num_grads"),
+        ("adamw", '{"damp": 1e-6}', "unknown key 'damp'; adamw accepts lr, b1"),
         ("MFAC", '{"damp": "small"}', "damp in --optim_args must be a positive number"),
         (
             "MFAC",
@@ -235,7 +235,11 @@ def test_decay_spares_biases_and_norms(optim):
         ("MFAC", '{"word_lr": Infinity}', "word_lr .* null or .* got inf"),
         ("adamw", '{"word_lr": true}', "word_lr .* null or .* got True"),
         ("adamw", '{"window": "dense"}', "unknown key 'window'"),
-        ("adam_mfac", '{"momentum": 0.9}', "adam_mfac knows lr, num_grads, damp, b1,"),
+        (
+            "adam_mfac",
+            '{"momentum": 0.9}',
+            "adam_mfac accepts lr, num_grads, damp, b1,",
+        ),
         ("MFAC", '{"momentum": 1}', r"momentum .* a number in \[0, 1\), got 1"),
         ("MFAC", '{"weight_decay": -1}', "weight_decay .* got -1"),
         ("adamw", '{"b1": 1.0}', r"b1 .* a number in \[0, 1\), got 1.0"),
@@ -248,13 +252,13 @@ def test_a_bad_hyperparameter_is_named(optim, optim_args, message):
         make_optimizer(args_of(optim, optim_args), 10)
 
 
-def test_weight_decay_is_refused_by_an_optimizer_without():
+def test_weight_decay_is_rejected_by_an_optimizer_without_it():
     with pytest.raises(UserError, match=r"--weight_decay 0\.1 .*--optim sgd.*has no w"):
         make_optimizer(args_of("sgd", None, "--weight_decay", "0.1"))
     make_optimizer(args_of("sgd", None, "--weight_decay", "0"))
 
 
-# Name, --optim_args, and the same of Optax itself.
+# Name, --optim_args, Optax's function and what else to pass to it.
 MASK = {"mask": bert.decay_mask}
 DECAY_MASK = {"weight_decay_mask": bert.decay_mask}
 ALIASES = [
@@ -341,9 +345,9 @@ UNFIT = set(
 )
 
 
-@pytest.mark.filterwarnings("ignore")  # noisy_sgd and optimistic_adam have some.
+@pytest.mark.filterwarnings("ignore")  # noisy_sgd and optimistic_adam warn.
 @pytest.mark.parametrize("name", optax_optimizers.aliases())
-def test_every_optimizer_of_optax_trains_or_is_refused(name):
+def test_every_optimizer_of_optax_trains_or_is_rejected(name):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
     try:
         optimizer = make_optimizer(args_of(f"optax.{name}"), params=shapes)
@@ -377,9 +381,9 @@ def test_every_optimizer_of_optax_trains_or_is_refused(name):
         ),
     ],
 )
-def test_an_optimizer_that_cannot_take_a_step_is_refused(name, optim_args, cause):
+def test_an_optimizer_that_cannot_take_a_step_is_rejected(name, optim_args, cause):
     message = f"--optim {name} cannot be used here: it needs more than gradients.*"
-    # Shapes for which DP-SGD takes the first axis for examples.
+    # DP-SGD takes the first axis of these shapes for examples.
     with pytest.raises(UserError, match=message + cause):
         make_optimizer(args_of(name, optim_args), params={"kernel": jnp.ones((3, 3))})
 
@@ -443,8 +447,8 @@ def test_every_leaf_is_compact(window):
         ("adamw", {"lr": 1e-2, "b1": 0.8}, {"b1": 0.8}),
     ],
 )
-def test_word_lr_leaves_the_word_table_to_adamw(optim, hyperparams, of_words):
-    """M-FAC's window does not see it; both schedules have one shape."""
+def test_word_lr_leaves_the_word_embeddings_to_adamw(optim, hyperparams, of_words):
+    """M-FAC's window omits them; both schedules have the same shape."""
     flags = ("--warmup_steps", "2", "--max_grad_norm", "0", "--weight_decay", "0.1")
 
     def transformation(optim, hyperparams):
@@ -485,7 +489,7 @@ def test_adamw_without_first_moment_is_rmsprop():
         np.testing.assert_allclose(update, 1.0, rtol=1e-6)
 
 
-def test_a_window_that_does_not_fit_is_refused_with_figures(monkeypatch):
+def test_a_window_that_does_not_fit_is_rejected_with_figures(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 10**9)
     params = {"dense": {"kernel": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}}
 
@@ -507,7 +511,7 @@ def test_a_window_that_does_not_fit_is_refused_with_figures(monkeypatch):
         check(fitting + 5)
 
 
-def test_what_would_fit_of_a_top_k_window_fits(monkeypatch):
+def test_the_suggested_num_grads_of_a_top_k_window_fits(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 4 * 10**7)
     params = {"dense": {"kernel": jax.ShapeDtypeStruct((1000, 1000), jnp.float32)}}
 

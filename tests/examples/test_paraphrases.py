@@ -32,7 +32,7 @@ def test_no_validation_pair_was_trained_on_in_either_order():
 
 
 def meaning(question):
-    """Reads a question back: who, which verb's meaning, to whom, or not."""
+    """Parses a question into subject, row of the verb, object and negation."""
     words = question.removesuffix(" ?").split()
     negated = "not" in words
     words = [word for word in words if word != "not"]
@@ -47,13 +47,13 @@ def meaning(question):
     return subject, row, object_, negated
 
 
-def test_labels_say_whether_the_meanings_are_the_same():
+def test_labels_tell_whether_the_meanings_are_the_same():
     for question1, question2, label in PAIRS:
         assert (meaning(question1) == meaning(question2)) == label
 
 
 def kind_of_change(a, b):
-    """What distinguishes two meanings: one thing, or the two persons swapped."""
+    """Returns how two meanings differ: in one thing, or by swapped persons."""
     persons, others = (a[0], a[2]), (b[0], b[2])
     if persons == others:
         return "polarity" if a[1] == b[1] else "verb"
@@ -83,7 +83,7 @@ def test_shared_words_do_not_tell_the_label():
     assert 0.45 < auc < 0.55
 
 
-def test_the_bag_of_words_is_neither_blind_nor_enough():
+def test_the_bag_of_words_beats_chance_but_does_not_solve_the_task():
     accuracy = run_demo.bag_of_words(TRAIN, VALIDATION)["eval_accuracy"]
     assert 0.6 < accuracy < 0.8
 

@@ -85,7 +85,7 @@ def with_a_language_model_head(weights):
         ),
     ],
 )
-def test_names_of_other_writers(tmp_path, change, notes):
+def test_names_of_other_formats(tmp_path, change, notes):
     toy_bert.write_model(tmp_path / "plain")
     toy_bert.write_model(tmp_path / "changed", change(toy_bert.tensors()))
     plain = pretrained.load_pretrained(tmp_path / "plain", CLASSIFIER)
@@ -94,7 +94,7 @@ def test_names_of_other_writers(tmp_path, change, notes):
     assert_same_params(changed.params, plain.params)
 
 
-def test_what_is_missing_is_initialized_and_said(tmp_path):
+def test_what_is_missing_is_initialized_and_reported(tmp_path):
     weights = toy_bert.tensors()
     encoder = {
         name: array
@@ -116,7 +116,7 @@ def test_what_is_missing_is_initialized_and_said(tmp_path):
     )
 
 
-def test_another_head_than_the_checkpoint_has(tmp_path):
+def test_a_checkpoint_with_another_head(tmp_path):
     toy_bert.write_model(tmp_path)
     model = pretrained.load_pretrained(tmp_path, QA)
     assert model.notes == [
@@ -177,7 +177,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
         ),
         (
             lambda d: (d / "config.json").write_text('{"hidden_size": "wide"}'),
-            "config.json cannot be used",
+            "config.json is not a valid BERT config",
         ),
         (lambda d: (d / "vocab.txt").unlink(), "no tokenizer: neither vocab.txt nor"),
         (

@@ -9,7 +9,7 @@ from bert_finetune.glue import metrics
 from bert_finetune.reporting.plots import plot_bands, plot_curves, smooth
 
 
-def test_json_is_there_whole(tmp_path):
+def test_json_is_written_without_leftovers(tmp_path):
     path = tmp_path / "results.json"
     write_json(path, {"b": 1.5, "a": 2})
     assert json.loads(path.read_text()) == {"a": 2, "b": 1.5}
@@ -42,7 +42,7 @@ def test_json_has_no_nan(tmp_path):
     assert content == {"a": [None, [1.0]], "b": {"c": None}}
 
 
-def test_torn_line_in_the_middle_is_a_mistake(tmp_path):
+def test_torn_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2{"step": 2}\n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2 of"):
@@ -162,7 +162,7 @@ def test_bands_are_over_the_seeds(tmp_path, drawn, seeds, label, means, band):
         assert (heights.min(), heights.max()) == pytest.approx(band)
 
 
-def test_means_in_training_are_dashed(tmp_path, drawn):
+def test_training_means_are_dashed(tmp_path, drawn):
     first = [{"step": 1, "loss": 1.0}, {"step": 2, "eval_loss": 4.0}]
     groups = {"MFAC": [first, [{"step": 1, "loss": 2.0}]]}
     plot_bands(tmp_path / "bands.png", "seeds", groups, ["loss"])

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, or find their checkpoints damaged."""
+"""Runs that are killed, stopped, or resumed from damaged checkpoints."""
 
 import gc
 import json
@@ -22,9 +22,9 @@ from bert_finetune.reporting.log import Log
 from bert_finetune.training import checkpoints, steps
 from safetensors.numpy import load_file
 
-NUM_STEPS = 24  # Of ten an epoch.
+NUM_STEPS = 24  # Ten per epoch.
 MFAC = ["--optim", "MFAC", "--optim_args", '{"lr": 1e-2, "num_grads": 8, "damp": 1e-4}']
-# What orbax's threads raise over bad files, and the tasks that they abandon.
+# Orbax's threads raise on bad files and abandon tasks.
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
     *(
@@ -61,13 +61,13 @@ def command(root, output_dir, *flags):
 
 @pytest.fixture(scope="module")
 def unbroken(root):
-    """A run that nothing disturbed, with all its checkpoints."""
+    """Runs without interruption and keeps all checkpoints."""
     run_glue.main(command(root, root / "unbroken", "--save_total_limit", "9"))
     return root / "unbroken"
 
 
 def started(unbroken, output_dir, *, until):
-    """Makes the output directory of a run that ended after a checkpoint."""
+    """Creates the output directory of a run that ended after a checkpoint."""
     shutil.copytree(unbroken, output_dir)
     for step in steps_of(output_dir):
         if step > until:
@@ -101,7 +101,7 @@ def test_a_checkpoint_is_a_model_directory(unbroken):
 
 
 def test_killed_in_mid_epoch_and_resumed_to_the_bit(root, tmp_path, unbroken):
-    """With SIGKILL, in a process of its own; the window is in the checkpoint."""
+    """Uses SIGKILL in a separate process; the checkpoint holds the window."""
     argv = command(root, tmp_path)
     script = f"""
         import os, signal, sys
@@ -129,7 +129,7 @@ def test_killed_in_mid_epoch_and_resumed_to_the_bit(root, tmp_path, unbroken):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert steps_of(tmp_path) == [14]  # --save_total_limit is 1.
     assert not (tmp_path / "model.safetensors").exists()
-    # The lines after step 14 come again, a torn one goes.
+    # Lines after step 14 are written again; a truncated one is dropped.
     assert lines_of(tmp_path)[-1]["step"] == 15
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 18, "lo')
@@ -140,14 +140,16 @@ def test_killed_in_mid_epoch_and_resumed_to_the_bit(root, tmp_path, unbroken):
 
 
 @pytest.mark.parametrize("flags", [[], ["path"]])
-def test_ways_to_say_where_to_go_on(root, tmp_path, unbroken, flags, capsys):
+def test_ways_to_name_the_checkpoint_to_resume_from(
+    root, tmp_path, unbroken, flags, capsys
+):
     out, kept = tmp_path / "out", steps_of(unbroken)
     if flags == ["path"]:
         checkpoint = unbroken / "checkpoint-14"
         flags = [str(checkpoint)]
     else:
         checkpoint = started(unbroken, out, until=14) / "checkpoint-14"
-        # As a kill between the state and the model leaves it.
+        # As left by a kill between writing the state and the model.
         (checkpoint / "model.safetensors").unlink()
     flags = ["--resume_from_checkpoint", *flags, "--save_total_limit", "9"]
     run_glue.main(command(root, out, *flags))
@@ -173,7 +175,7 @@ def test_a_finished_run_is_not_trained_again(root, tmp_path, unbroken):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(
+def test_a_signal_saves_and_reports_how_to_resume(
     root, tmp_path, unbroken, monkeypatch, number
 ):
     take_in = Log.step
@@ -187,7 +189,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(Log, "step", step)
         with pytest.raises(
-            Interrupted, match=r"step (\d+) of 24. It is saved in .*checkpoint-\1."
+            Interrupted, match=r"step (\d+) of 24. Saved in .*checkpoint-\1."
         ) as caught:
             run_glue.main(command(root, tmp_path))
     assert caught.value.exit_code == 128 + number
@@ -198,21 +200,21 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 
 def tear(path):
-    """Cuts a file of the state short."""
+    """Truncates the largest file of the state."""
     files = [f for f in (path / "state").rglob("*") if f.is_file()]
     largest = max(files, key=lambda file: file.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 
 
 def garble(path):
-    """Fills a file of the state with noise of the same size."""
+    """Overwrites the files of the state, keeping their sizes."""
     for file in (path / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"x" * file.stat().st_size)
 
 
 def make_foreign(path):
-    """As another program may have left it."""
+    """Replaces the state by the file of another program."""
     shutil.rmtree(path / "state")
     shutil.rmtree(path / "loop")
     (path / "trainer_state.json").write_text('{"global_step": 14}')
@@ -226,13 +228,13 @@ def test_a_bad_checkpoint_is_named_and_skipped(
     damage(out / "checkpoint-14")
     run_glue.main(command(root, out))
     captured = capsys.readouterr()
-    assert re.search("checkpoint-14 cannot be read: .* It is skipped", captured.err)
+    assert re.search("checkpoint-14 cannot be read and is skipped: ", captured.err)
     assert f"Resuming from {out / 'checkpoint-7'}." in captured.out
     assert_same_model(out, unbroken)
     assert lines_of(out) == lines_of(unbroken)
 
 
-def test_checkpoints_of_another_run_are_refused_and_kept(root, tmp_path, unbroken):
+def test_checkpoints_of_another_run_are_rejected_and_kept(root, tmp_path, unbroken):
     out = shutil.copytree(unbroken, tmp_path / "out")
 
     def contents():
@@ -243,35 +245,37 @@ def test_checkpoints_of_another_run_are_refused_and_kept(root, tmp_path, unbroke
         }
 
     before = contents()
-    with pytest.raises(UserError, match="checkpoint-24 is of another run: --seed was"):
+    with pytest.raises(
+        UserError, match="checkpoint-24 belongs to another run: --seed was"
+    ):
         run_glue.main(command(root, out, "--seed", "1"))
     assert contents() == before
     checkpoint = started(unbroken, tmp_path / "other", until=7) / "checkpoint-7"
     with pytest.raises(UserError, match="is not empty"):
         run_glue.main(command(root, out, "--resume_from_checkpoint", str(checkpoint)))
     assert contents() == before
-    # A remedy that works, and no directory left behind.
+    # The error names a remedy and leaves no directory behind.
     flags = ["--resume_from_checkpoint", str(checkpoint), "--seed", "1"]
     with pytest.raises(
-        UserError, match="give it as --model_name_or_path, without --re"
+        UserError, match="give it as --model_name_or_path with another --out"
     ):
         run_glue.main(command(root, tmp_path / "new", *flags))
     assert not (tmp_path / "new").exists()
     (tmp_path / "new").mkdir()
-    with pytest.raises(UserError, match="is of another run"):
+    with pytest.raises(UserError, match="belongs to another run"):
         run_glue.main(command(root, tmp_path / "new", *flags))
     assert (tmp_path / "new").is_dir()
     with pytest.raises(UserError, match="there is no checkpoint in"):
         run_glue.main(
             command(root, tmp_path / "new", "--resume_from_checkpoint", "last")
         )
-    with pytest.raises(UserError, match="nowhere is no checkpoint"):
+    with pytest.raises(UserError, match="nowhere is not a checkpoint"):
         run_glue.main(
             command(root, tmp_path / "new", "--resume_from_checkpoint", "nowhere")
         )
 
 
-def test_overwriting_starts_anew_and_leaves_no_old_checkpoint(root, tmp_path, unbroken):
+def test_overwriting_starts_over_and_leaves_no_old_checkpoint(root, tmp_path, unbroken):
     out = shutil.copytree(unbroken, tmp_path / "out")
     flags = ["--overwrite_output_dir", "--save_strategy", "no"]
     run_glue.main(command(root, out, *flags))
@@ -279,7 +283,7 @@ def test_overwriting_starts_anew_and_leaves_no_old_checkpoint(root, tmp_path, un
     assert lines_of(out) == lines_of(unbroken)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(root, tmp_path, unbroken):
+def test_a_run_killed_before_its_first_checkpoint_starts_over(root, tmp_path, unbroken):
     out = started(unbroken, tmp_path / "out", until=0)
     run_glue.main(command(root, out))
     assert_same_model(out, unbroken)
@@ -292,7 +296,7 @@ def test_without_the_window_a_resumed_run_starts_with_an_empty_one(
     flags = ["--save_window", "false", "--save_total_limit", "9"]
     run_glue.main(command(root, tmp_path, *flags))
     out = capsys.readouterr().out
-    assert "are not kept in checkpoints: a resumed run starts with an empty" in out
+    assert "GB): a resumed run starts with an empty one" in out
     assert_same_model(tmp_path, unbroken)
 
     def nbytes(directory):
@@ -303,7 +307,7 @@ def test_without_the_window_a_resumed_run_starts_with_an_empty_one(
     for step in (21, 24):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     run_glue.main(command(root, tmp_path))
-    assert "It holds no window: M-FAC starts with an empty one." in (
+    assert "The checkpoint holds no window: M-FAC starts with an empty one." in (
         capsys.readouterr().out
     )
     lines = {line["step"]: line["loss"] for line in lines_of(tmp_path)}
@@ -315,7 +319,7 @@ def test_without_the_window_a_resumed_run_starts_with_an_empty_one(
 
 
 def test_a_full_disk_loses_nothing(root, tmp_path, unbroken, monkeypatch, capsys):
-    """Where a checkpoint cannot be written, training goes on, the last one stays."""
+    """If a checkpoint cannot be written, training continues; the last one is kept."""
     save = checkpoints.save
 
     def save_on_a_small_disk(manager, state, *args, **kwargs):
@@ -343,7 +347,7 @@ def test_a_full_disk_loses_nothing(root, tmp_path, unbroken, monkeypatch, capsys
 
 
 def test_divergence_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
-    """Also where the loss is still finite when the parameters are not any more."""
+    """Also if the loss is still finite but the parameters are not."""
     make_train_step = steps.make_train_step
 
     def make_diverging(*args, **kwargs):
@@ -404,7 +408,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(
     monkeypatch.setattr(
         Classification,
         "evaluate",
-        # Another metric that is not finite changes nothing.
+        # A non-finite value of another metric changes nothing.
         lambda *args: (
             evaluate(*args) | {"eval_other": np.nan, f"eval_{metric}": next(coming)}
         ),
@@ -418,7 +422,9 @@ def test_the_best_checkpoint_is_kept_and_loaded(
     assert_same_model(tmp_path, tmp_path / f"checkpoint-{best or 24}")
 
 
-def test_going_back_removes_what_comes_again(root, tmp_path, unbroken):
+def test_resuming_from_an_earlier_checkpoint_removes_later_ones(
+    root, tmp_path, unbroken
+):
     out = shutil.copytree(unbroken, tmp_path / "out")
     argv = command(root, out, "--resume_from_checkpoint", str(out / "checkpoint-7"))
     run_glue.main([*argv, "--save_total_limit", "2"])

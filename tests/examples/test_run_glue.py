@@ -1,4 +1,4 @@
-"""The GLUE script, run as a user would run it, on small generated data."""
+"""Runs the GLUE script as a user would, on small generated data."""
 
 import json
 import os
@@ -30,7 +30,7 @@ ADAMW = ["--optim", "adamw", "--learning_rate", "1e-2"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Holds a model directory like the hub's and the nine tasks."""
+    """Writes a model directory like the Hub's, and the nine tasks."""
     root = tmp_path_factory.mktemp("root")
     toy_bert.write_model(root / "model", as_torch=True)
     weights = toy_bert.tensors()
@@ -58,7 +58,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# By hand, from labels and predictions: what GLUE reports of a task.
+# GLUE's metrics, computed from labels and predictions.
 EXPECTED_METRICS = {
     "matthews_correlation": matthews_corrcoef,
     "accuracy": accuracy_score,
@@ -76,7 +76,7 @@ OF_TASK = {
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_every_task_end_to_end(root, tmp_path, task):
-    """Predicting the validation split must give the metrics of evaluating it."""
+    """Predictions for the validation split must have the metrics of its evaluation."""
     splits = {
         "": "validation_matched" if task == "mnli" else "validation",
         **({"_mm": "validation_mismatched"} if task == "mnli" else {}),
@@ -86,7 +86,7 @@ def test_every_task_end_to_end(root, tmp_path, task):
         for ending, split in splits.items()
     }
     flags = [*ADAMW, "--do_train", "--do_eval", "--do_predict", "--max_steps", "60"]
-    if task != "mnli":  # MNLI writes files for its own two test splits as well.
+    if task != "mnli":  # MNLI also writes files for its two test splits.
         flags += ["--test_file", str(paths[""])]
     argv = command(root, tmp_path / "out", task, *flags)
     argv[1] = str(root / "encoder")
@@ -156,7 +156,7 @@ def test_trains_evaluates_and_reports(root, tmp_path):
     assert f"--output_dir {tmp_path}" in card
     assert "num_grads = 64" in card
     assert list((tmp_path / "runs").iterdir())
-    # What was saved evaluates to the same figures.
+    # The saved model evaluates to the same results.
     argv = command(root, tmp_path, "qqp", "--do_eval")
     argv[1] = str(tmp_path)
     again = run_glue.main(argv)
@@ -185,7 +185,7 @@ def test_optimizers_of_optax(root, tmp_path, flags):
     )
 
 
-def test_files_of_ones_own(root, tmp_path):
+def test_custom_files(root, tmp_path):
     texts = ["good film", "bad day", "blue cat", "good dog", "bad cat", "blue day"]
     labels = ["fine", "poor", "odd"] * 2
     rows = [f"{text},{label}\n" for text, label in zip(texts, labels, strict=True)]
@@ -207,7 +207,7 @@ def test_files_of_ones_own(root, tmp_path):
 
 
 def test_a_model_keeps_its_own_order_of_labels(root, tmp_path):
-    """Trained with the labels the other way round, it is the same model."""
+    """A model with both its labels and its head swapped is the same model."""
     results = {}
     for name, order in {
         "same": ["not_entailment", "entailment"],
@@ -246,7 +246,7 @@ def test_a_run_can_be_repeated_to_the_bit(root, tmp_path):
 
 
 def test_short_padding_changes_no_loss(root, tmp_path, monkeypatch):
-    """The same batches in the same order, whatever they are padded to."""
+    """Padding changes neither the batches nor their order."""
     monkeypatch.setattr("bert_finetune.data.batches._LENGTHS", (12,))
     model = toy_bert.write_model(
         tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
@@ -292,7 +292,7 @@ def test_sample_limits_and_step_limits(root, tmp_path):
     assert results["eval_samples"] == 10
     train_results = read_json(tmp_path / "train_results.json")
     assert train_results["train_samples"] == 20
-    assert train_results["epoch"] == 1.5  # 3 steps of 2 an epoch.
+    assert train_results["epoch"] == 1.5  # 3 steps at 2 per epoch.
 
 
 def test_a_learning_rate_of_zero_changes_nothing(root, tmp_path):
@@ -357,7 +357,7 @@ def test_an_unwritable_directory_is_named(root, tmp_path):
         run_glue.main(command(root, tmp_path / "file" / "out", "sst2", "--do_train"))
 
 
-def test_a_window_too_large_is_refused_before_anything_is_written(
+def test_a_window_too_large_is_rejected_before_anything_is_written(
     root, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(memory, "available_memory", lambda: 10**6)
@@ -367,17 +367,17 @@ def test_a_window_too_large_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lack_of_memory_on_the_device_is_a_line(root, tmp_path, monkeypatch):
+def test_running_out_of_device_memory_is_a_one_line_error(root, tmp_path, monkeypatch):
     def train(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB")
 
     monkeypatch.setattr(loop, "train", train)
-    with pytest.raises(UserError, match="not enough memory"):
+    with pytest.raises(UserError, match="out of memory"):
         run_glue.main(command(root, tmp_path, "sst2", *ADAMW, "--do_train"))
 
 
 def test_as_a_script(root, tmp_path):
-    """A process of its own: the exit code, and one line instead of a traceback."""
+    """Checks the exit code, and that errors are one line instead of a traceback."""
     script = pathlib.Path(run_glue.__file__)
     argv = command(root, tmp_path / "out", "sst2", *MFAC, "--do_train", "--max_steps=2")
 
@@ -402,6 +402,6 @@ def test_as_a_script(root, tmp_path):
     assert "step 2/2: " in first.stderr
     assert "\r" not in first.stderr
     assert "Results are in" in first.stdout
-    refused = run("--max_seq_length", "2")
-    assert refused.returncode == 1
-    assert refused.stderr == "error: --max_seq_length must be at least 3, got 2.\n"
+    rejected = run("--max_seq_length", "2")
+    assert rejected.returncode == 1
+    assert rejected.stderr == "error: --max_seq_length must be at least 3, got 2.\n"

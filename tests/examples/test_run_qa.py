@@ -1,4 +1,4 @@
-"""The question answering script, run as a user would run it, on generated data."""
+"""Runs the question answering script as a user would, on generated data."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def read_json(path):
 
 
 def rows_of(with_negative=True):
-    """The questions of the validation split, by id."""
+    """Returns the questions of the validation split, by id."""
     rows = toy_bert.questions(37, with_negative=with_negative, seed=1)
     return {row["id"]: row for row in rows}
 
@@ -65,7 +65,7 @@ def test_trains_evaluates_and_reports(root, tmp_path):
     null_odds = read_json(tmp_path / "null_odds.json")
     n_best = read_json(tmp_path / "nbest_predictions.json")
     rows = rows_of()
-    # Every question of the split once, however many chunks it has.
+    # Each question of the split once, however many chunks it has.
     assert predictions.keys() == null_odds.keys() == n_best.keys() == rows.keys()
     assert results["eval_total"] == 37
     assert results["eval_samples"] > 37
@@ -113,7 +113,7 @@ def test_what_was_saved_evaluates_to_the_same(root, tmp_path, trained):
     for name, value in results.items():
         if not re.search("epoch|runtime|per_second", name):
             assert again[name] == value
-    # Padded to several lengths it is the same but for rounding.
+    # Padding to several lengths changes only rounding.
     argv.remove("--pad_to_max_length")
     short = run_qa.main([*argv, "--per_device_eval_batch_size=3"])
     assert short["eval_f1"] == again["eval_f1"]
@@ -132,7 +132,7 @@ def test_what_was_saved_evaluates_to_the_same(root, tmp_path, trained):
 
 
 def test_resumed_to_the_bit(root, tmp_path, trained):
-    """From the first of two checkpoints, as after a kill in between."""
+    """Resumes from the first of two checkpoints, as after a kill in between."""
     unbroken, results = trained
     output_dir = tmp_path / "out"
     shutil.copytree(unbroken, output_dir)
@@ -188,7 +188,7 @@ def test_version_1(root, tmp_path):
     assert not (tmp_path / "null_odds.json").exists()
 
 
-def test_files_of_ones_own(root, tmp_path):
+def test_custom_files(root, tmp_path):
     rows = toy_bert.questions(30, with_negative=True, seed=3)
     path = tmp_path / "questions.json"
     path.write_text(json.dumps(toy_bert.as_squad_file(rows)))
@@ -245,21 +245,21 @@ def test_a_bad_flag_writes_nothing(root, tmp_path, monkeypatch, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_group_without_questions_cannot_choose_the_best(root, tmp_path):
+def test_a_group_without_questions_cannot_select_the_best(root, tmp_path):
     argv = command(root, tmp_path / "out", *TRAINING, "--load_best_model_at_end")
     argv += ["--metric_for_best_model=NoAns_f1"]
     argv[3] = str(root / "squad")
-    with pytest.raises(UserError, match=r"NoAns_f1: no question of .* has no answer"):
+    with pytest.raises(UserError, match=r"NoAns_f1 needs questions without answers"):
         run_qa.main(argv)
 
 
-def test_logits_that_are_not_finite_find_no_answer(root, tmp_path):
+def test_logits_that_are_not_finite_are_an_error(root, tmp_path):
     weights = toy_bert.tensors(bert.BertForQuestionAnswering)
     weights["qa_outputs.bias"][0] = np.nan
     toy_bert.write_model(tmp_path / "model", weights)
     argv = command(root, tmp_path / "out", "--do_eval")
     argv[1] = str(tmp_path / "model")
-    with pytest.raises(UserError, match="logits of the model are not finite"):
+    with pytest.raises(UserError, match="the model's logits are not finite"):
         run_qa.main(argv)
 
 

@@ -1,4 +1,4 @@
-"""The grid of optimizers and seeds: mostly with a stand-in for `run_glue.main`."""
+"""Tests the grid of optimizers and seeds, mostly with a fake `run_glue.main`."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def accuracy(optim, seed):
 
 
 class FakeRunGlue:
-    """Leaves the files of a run at once; stops when `budget` runs are done."""
+    """Writes the files of a run without training; interrupts after `budget` runs."""
 
     def __init__(self):
         self.runs, self.budget, self.plots = [], 100, []
@@ -134,9 +134,7 @@ def test_one_seed_has_no_deviation(fake, tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_run_that_diverged_does_not_cost_the_table(
-    fake, tmp_path, monkeypatch, value
-):
+def test_a_diverged_run_does_not_prevent_the_table(fake, tmp_path, monkeypatch, value):
     monkeypatch.setattr(
         *(sys.modules[__name__], "accuracy"),
         lambda optim, seed: value if seed == 1 else 0.5,
@@ -146,7 +144,7 @@ def test_a_run_that_diverged_does_not_cost_the_table(
     assert text == "nan ± nan"
 
 
-def test_published_results_stand_next_to_ours(fake, tmp_path, capsys):
+def test_published_results_are_next_to_ours(fake, tmp_path, capsys):
     run_seeds.main(command(tmp_path, optims=("MFAC", "adamw", "lion")))
     out = capsys.readouterr().out
     cells = table(out)
@@ -214,14 +212,14 @@ def test_the_arguments_of_each_run(fake, tmp_path):
     assert not arguments.keys() & {"seed", "output_dir"}
 
 
-def test_an_evaluation_strategy_of_the_user_stays(fake, tmp_path):
+def test_a_given_evaluation_strategy_is_kept(fake, tmp_path):
     run_seeds.main(command(tmp_path, "--eval-strategy=steps", seeds=1))
     assert [run.eval_strategy for run in fake.runs] == ["steps", "steps"]
 
 
 def test_an_interrupted_grid_resumes(fake, tmp_path, capsys):
     fake.budget = 3
-    with pytest.raises(Interrupted, match=r"SIGTERM\. The same command .* continues"):
+    with pytest.raises(Interrupted, match=r"SIGTERM\. The same .* command continues"):
         run_seeds.main(command(tmp_path, seeds=2))
     assert not (tmp_path / "seeds.md").exists()
     fake.budget = 100
@@ -278,7 +276,7 @@ def test_another_spelling_of_the_directory_is_the_same(fake, tmp_path, monkeypat
         (command("out", "--max_seq_length", "1"), "--max_seq_length must be at least"),
         (command("out", "--overwrite_output_dir"), "--overwrite_output_dir and .* are"),
         (command("out", "--distributed"), "--distributed is for single runs"),
-        (command("out", "--resume_from_checkpoint"), "interrupted ones resume by them"),
+        (command("out", "--resume_from_checkpoint"), "interrupted runs resume auto"),
         (
             command("out", optims=('MFAC={"damp": 1}', "adamw", "MFAC")),
             "--optims has MFAC twice",
@@ -316,8 +314,8 @@ def test_unknown_and_missing_flags_are_rejected(fake, capsys, argv, message):
     assert not fake.runs
 
 
-def test_a_second_list_of_optimizers_is_no_flag_of_a_run(fake):
-    with pytest.raises(UserError, match="--optims is no flag"):
+def test_a_second_list_of_optimizers_is_not_a_flag_of_a_run(fake):
+    with pytest.raises(UserError, match="unknown flag --optims"):
         run_seeds.main(command("out", "--optims"))
 
 
@@ -334,7 +332,7 @@ def test_exit_codes(fake, tmp_path, monkeypatch, budget, seeds, code):
 
 
 def test_questions_and_answers(monkeypatch, tmp_path):
-    """With `--script run_qa`: its results are in percent, its details are left out."""
+    """With `--script run_qa`: results are in percent, details are left out."""
 
     def main(argv):
         args = parse_arguments(QaArguments, argv)

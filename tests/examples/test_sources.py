@@ -1,4 +1,4 @@
-"""Files as people have them: every cell is read as it is, or its row is named."""
+"""Reads user files: every cell is kept unchanged, or an error names its row."""
 
 import datetime
 import decimal
@@ -74,7 +74,7 @@ def test_a_carriage_return_in_a_tsv_is_part_of_the_text(tmp_path):
 
 
 @pytest.mark.parametrize("as_parquet", [False, True])
-def test_what_is_not_a_text_becomes_its_text(tmp_path, as_parquet):
+def test_numbers_and_dates_become_strings(tmp_path, as_parquet):
     expected = {"1984": 1984, "-0.5": -0.5, "true": True, "30": 30.0}
     if as_parquet:
         expected |= {
@@ -102,9 +102,17 @@ def test_huge_integers_in_json_are_texts_and_labels(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"a,label\nx, y, z,1\n", "row 2 has 4 fields, the header has 2"),
-        ("a.csv", b"a,label\nx,1\ny\n", "row 3 has 1 field, the header has 2"),
-        ("a.tsv", b"a\tlabel\nx\ty\t1\n", "row 2 has 3 fields, the header has 2"),
+        (
+            "a.csv",
+            b"a,label\nx, y, z,1\n",
+            "row 2 of .*a.csv has 4 fields, the header 2",
+        ),
+        ("a.csv", b"a,label\nx,1\ny\n", "row 3 of .*a.csv has 1 field, the header 2"),
+        (
+            "a.tsv",
+            b"a\tlabel\nx\ty\t1\n",
+            "row 2 of .*a.tsv has 3 fields, the header 2",
+        ),
         ("a.csv", b"a,label\nx,1\n\ny,0\n", "row 3 of .*a.csv is blank: remove it"),
         ("a.tsv", b"a\tlabel\r\n\r\ny\t0\r\n", "row 2 of .*a.tsv is blank"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": 2}\n', "line 2 of .*a.jsonl is blank"),
@@ -113,19 +121,31 @@ def test_huge_integers_in_json_are_texts_and_labels(tmp_path):
         ("a.csv", b'a,label\n"x" y,1\n', "line 2 of .*a.csv: ',' expected after '\"'"),
         ("a.csv", b"a,a\nx,1\n", "the header of .*a.csv has the column 'a' twice"),
         ("a.csv", b"a;label\nx;1\n", "has no column 'label'; it has 'a;label'"),
-        ("a.csv", "a,label\né,1\n".encode("utf-16"), "a.csv is in UTF-16.*as UTF-8"),
-        ("a.csv", "a,label\né,1\n".encode("utf-16-le"), "is in UTF-16, or no text"),
+        ("a.csv", "a,label\né,1\n".encode("utf-16"), "a.csv is UTF-16 .*as UTF-8"),
+        ("a.csv", "a,label\né,1\n".encode("utf-16-le"), "is UTF-16 or binary"),
         (
             "a.csv",
             b"a,label\nx,0\ncaf\xe9,1\n",
-            "line 3 of .*Latin-1.*: save it as",
+            "line 3 of .*Latin-1.*: save the file as",
         ),
-        ("a.jsonl", b'{"a": "\xe9"}\n', "line 1 of .*a.jsonl is not in UTF-8 .*0xe9"),
-        ("a.jsonl", b'{"a": "x"}\n[1]\n', r"row 2 of .*a.jsonl is no object: \[1\]"),
+        (
+            "a.jsonl",
+            b'{"a": "\xe9"}\n',
+            "line 1 of .*a.jsonl is not valid UTF-8 .*0xe9",
+        ),
+        (
+            "a.jsonl",
+            b'{"a": "x"}\n[1]\n',
+            r"row 2 of .*a.jsonl is not a JSON object: \[1\]",
+        ),
         ("a.jsonl", b'{"a": "x"}\n{"a":\n', "line 2 of .*a.jsonl is not JSON"),
         ("a.json", b'[{"a": "x"}', "a.json is not JSON"),
-        ("a.json", b'[{"a": "x", "a": "y"}]', "not JSON .a key occurs twice"),
-        ("a.jsonl", b'{"a\\ud800": "x"}', "name of a column in .* half a character"),
+        (
+            "a.json",
+            b'[{"a": "x", "a": "y"}]',
+            "not JSON .an object has a duplicate key",
+        ),
+        ("a.jsonl", b'{"a\\ud800": "x"}', "a column name in .* unpaired surrogate"),
         ("a.csv", b"\na,label\nx,1\n", "the first line of .*a.csv is blank"),
         ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read: "),
         ("a.csv", b"", "a.csv is empty: it has no rows"),
@@ -133,9 +153,7 @@ def test_huge_integers_in_json_are_texts_and_labels(tmp_path):
         ("a.xlsx", b"", "a.xlsx must end in one of .csv, .tsv, .json"),
     ],
 )
-def test_a_file_that_is_not_what_it_says_is_rejected(
-    tmp_path, capfd, name, content, message
-):
+def test_a_malformed_file_is_rejected(tmp_path, capfd, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -145,14 +163,14 @@ def test_a_file_that_is_not_what_it_says_is_rejected(
 
 
 @pytest.mark.parametrize("value", [None, [], {}, float("nan"), float("inf"), "\ud83d"])
-def test_cells_without_a_text_are_named_by_row(tmp_path, value):
+def test_cells_without_text_are_reported_by_row(tmp_path, value):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": "x"}\n' + json.dumps({"a": value}))
     with pytest.raises(UserError, match=r"column 'a'.* row 2 of .*a.jsonl"):
         sources.load_file(str(path)).texts("a")
 
 
-def test_an_unwritable_cache_is_blamed(monkeypatch):
+def test_an_unwritable_cache_is_reported(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/proc/nowhere")
     with pytest.raises(UserError, match=r"/proc/nowhere.*: set HF_DATASETS_CACHE"):
         sources.check_cache()
@@ -165,7 +183,7 @@ def args_of(*flags):
 
 
 def task_of(tmp_path, extension, columns):
-    """Returns the task that a training file holds, and its labels."""
+    """Returns the task that a training file defines, and its training split."""
     path = tmp_path / f"train{extension}"
     rows = [
         dict(zip(columns, r, strict=True)) for r in zip(*columns.values(), strict=True)
@@ -197,7 +215,7 @@ def task_of(tmp_path, extension, columns):
 def test_columns_of_numbers_are_texts(tmp_path, capsys, extension, columns, expected):
     table = {name: [i, 1984] for i, name in enumerate(columns)} | {"label": [0, 1]}
     if expected is None:
-        with pytest.raises(UserError, match="has no column of texts; it has 'id', 'la"):
+        with pytest.raises(UserError, match="has no text column; it has 'id', 'la"):
             task_of(tmp_path, extension, table)
         return
     task, split = task_of(tmp_path, extension, table)
@@ -205,7 +223,7 @@ def test_columns_of_numbers_are_texts(tmp_path, capsys, extension, columns, expe
     for name in expected:
         assert split.dataset[name][:] == [str(columns.index(name)), "1984"]
     unused = set(columns) - set(expected)
-    assert ("that are not used: " in capsys.readouterr().out) == bool(unused)
+    assert ("Unused columns of " in capsys.readouterr().out) == bool(unused)
 
 
 @pytest.mark.parametrize("extension", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -237,7 +255,7 @@ def test_labels_of_two_types_are_one_class(tmp_path):
 
 
 @pytest.mark.parametrize("odd", ["nan", "3.5x", "inf", "", "1,5"])
-def test_one_bad_number_makes_no_classes(tmp_path, odd):
+def test_one_bad_number_does_not_make_classes(tmp_path, odd):
     columns = {"a": list("xyz"), "label": ["0.5", odd, "2"]}
     with pytest.raises(UserError, match=r"row 3 of .*train\.csv"):
         task_of(tmp_path, ".csv", columns)
@@ -250,7 +268,7 @@ def test_one_bad_number_makes_no_classes(tmp_path, odd):
         (["a", " a", "b"], ["a", "b"]),
     ],
 )
-def test_blanks_around_labels_do_not_count(tmp_path, labels, names):
+def test_whitespace_around_labels_is_ignored(tmp_path, labels, names):
     task, _ = task_of(tmp_path, ".csv", {"a": list("xyz"), "label": labels})
     assert task.label_names == names
 
@@ -273,21 +291,27 @@ def test_whole_numbers_to_predict_are_reported(tmp_path, capsys):
 def test_classes_with_decimal_names_are_reported(tmp_path, capsys):
     columns = {"a": ["x", "y"], "label": ["0.5", "1.0"]}
     assert task_of(tmp_path, ".jsonl", columns)[0].label_names == ["0.5", "1.0"]
-    assert "the 2 classes of" in capsys.readouterr().err
+    assert "the 2 class names of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([[1, 0], [0, 1]], r"label \[1, 0\] at row 1 of .*train.jsonl is no name or"),
-        (["a", None], "row 2 of .*train.jsonl has the label None: write one"),
-        (["a", ""], "row 2 of .*train.jsonl has the label '': write one"),
-        ([0.5, float("nan")], "row 2 of .*train.jsonl has the label nan: write one"),
-        ([0.5, "x"], "label 'x' at row 2 of .*train.jsonl is no number, as others are"),
-        (["0.5", "n/a"], "label 'n/a' at row 2 of .*train.jsonl is no number, as"),
-        (["a", "\ud83d"], "the label at row 2 of .*train.jsonl holds half a character"),
+        (
+            [[1, 0], [0, 1]],
+            r"label \[1, 0\] at row 1 of .*train.jsonl must be a name or",
+        ),
+        (["a", None], "row 2 of .*train.jsonl has the label None: fill it in"),
+        (["a", ""], "row 2 of .*train.jsonl has the label '': fill it in"),
+        ([0.5, float("nan")], "row 2 of .*train.jsonl has the label nan: fill it in"),
+        ([0.5, "x"], "label 'x' at row 2 of .*train.jsonl is not a number, but other"),
+        (["0.5", "n/a"], "label 'n/a' at row 2 of .*train.jsonl is not a number, but"),
+        (
+            ["a", "\ud83d"],
+            "the label at row 2 of .*train.jsonl contains an unpaired surr",
+        ),
         ([1.0, 1e300], r"label 1e\+300 at row 2 of .*train.jsonl must be a number"),
-        (["a\tb", "c"], r"the label 'a\\tb' of .*train.jsonl has a tab or a line"),
+        (["a\tb", "c"], r"label 'a\\tb' of .*train.jsonl contains a tab or a line"),
         (["a", "a"], "must be two or more names or integers.* all are 'a'"),
     ],
 )

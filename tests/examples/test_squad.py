@@ -27,7 +27,7 @@ def write_json(path, content):
 
 
 def write_rows(path, rows):
-    """Writes rows as the hub has them, in the format that the name says."""
+    """Writes rows in the Hub's layout, in the format of the file's extension."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".parquet":
@@ -44,7 +44,7 @@ def assert_holds(questions, rows):
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
-def test_rows_as_the_hub_has_them(tmp_path, name):
+def test_rows_in_the_layout_of_the_hub(tmp_path, name):
     assert_holds(load(write_rows(tmp_path / name, ROWS)), ROWS)
 
 
@@ -76,7 +76,7 @@ def test_directories_in_the_layout_of_the_hub(tmp_path):
     with pytest.raises(UserError, match=r"no \*/test-\*\.parquet in "):
         load_split(args, "test", None)
     toy_bert.write_squad(tmp_path, num_train=6, with_negative=False)
-    with pytest.raises(UserError, match=r"more than one folder: give one of them"):
+    with pytest.raises(UserError, match=r"more than one folder: pass one of them"):
         load_split(args, "train", None)
     args = arguments(f"--dataset_name={tmp_path}", "--dataset_config_name=plain_text")
     assert len(load_split(args, "train", None).dataset) == 6
@@ -90,7 +90,7 @@ def test_directories_in_the_layout_of_the_hub(tmp_path):
         ("someone/questions", "someone/questions"),
     ],
 )
-def test_short_names_go_where_the_hub_has_them(tmp_path, monkeypatch, name, hub_id):
+def test_short_names_become_ids_of_the_hub(tmp_path, monkeypatch, name, hub_id):
     asked = []
 
     def load_dataset(name, config, split):
@@ -112,7 +112,7 @@ def answers(*pairs):
     return {"text": list(texts), "answer_start": list(starts)}
 
 
-def test_what_cannot_be_trained_on_is_named_and_left_out(tmp_path, capsys):
+def test_what_cannot_be_trained_on_is_reported_and_left_out(tmp_path, capsys):
     row = {"question": "yes", "context": "red good film"}
     rows = [
         changed(row, id="right", answers=answers(("good film", 4), ("red", 7))),
@@ -133,7 +133,7 @@ def test_what_cannot_be_trained_on_is_named_and_left_out(tmp_path, capsys):
         f"warning: 2 of 6 questions of {path} are left out: their answer is not in the "
         "context at answer_start (shifted, negative).",
     ]
-    # Where answers stand does not count in evaluation.
+    # Evaluation ignores answer_start.
     assert len(load(path, "validation").dataset) == 6
     assert "are left unanswered: their context has no text (blank)" in (
         capsys.readouterr().err
@@ -175,16 +175,25 @@ def test_no_answer_is_written_in_several_ways(tmp_path, split, official, changes
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([changed(ROW, context=None)], "'context' must hold a text, row 1 of .* None"),
-        ([changed(ROW, question=[])], r"'question' must hold a text, row 1 of .* \[\]"),
+        (
+            [changed(ROW, context=None)],
+            "'context' must contain text, but row 1 of .* None",
+        ),
+        (
+            [changed(ROW, question=[])],
+            r"'question' must contain text, but row 1 of .* \[\]",
+        ),
         ([{"context": "red"}], "entry 1 of 'data' .*KeyError: 'id'"),
-        (["red"], "entry 1 of 'data' in .*a.json is not in the form of SQuAD"),
+        (["red"], "entry 1 of 'data' in .*a.json is not in the format of SQuAD"),
         ([{"paragraphs": [{"context": "", "qas": ["x"]}]}], "entry 1 of 'data' in"),
         (
             [changed(ROW, answers=answers(("red", 2**70)))],
-            "nothing is left of .*a.json",
+            "no question of .*a.json can be trained on",
         ),
-        ([changed(ROW, context="\ud83d")], "row 1 of .*a.json, holds half a character"),
+        (
+            [changed(ROW, context="\ud83d")],
+            "row 1 of .*a.json, contains an unpaired surrogate",
+        ),
         ([changed(ROW, answers=answers(("red", 0.5)))], "answers to question 'q000'"),
         ([changed(ROW, answers=answers(("red", "one")))], "answers to question 'q000'"),
         ([changed(ROW, answers=answers(("red", True)))], "answers to question 'q000'"),
@@ -193,7 +202,7 @@ def test_no_answer_is_written_in_several_ways(tmp_path, split, official, changes
             "question 'q000' .* true or false",
         ),
         ([changed(ROW, answers={"text": ["a"]})], "answers to question 'q000'"),
-        ([changed(ROW, context="")], "nothing is left of .*a.json to train on"),
+        ([changed(ROW, context="")], "no question of .*a.json can be trained on"),
         ([], "a.json is empty"),
     ],
 )
@@ -207,10 +216,10 @@ def test_files_that_cannot_be_used(tmp_path, rows, message):
     ("text", "message"),
     [
         ("{", "a.json cannot be read: "),
-        ('{"id": 1}\n{"id": 2}', "A question on each line is .jsonl"),
+        ('{"id": 1}\n{"id": 2}', "Use .jsonl for a question per line"),
         ("[" * 100_000, "a.json cannot be read: "),
-        ("[]", "not in the form of SQuAD: it has no list 'data'"),
-        ('{"data": 1}', "not in the form of SQuAD: it has no list 'data'"),
+        ("[]", "not in the format of SQuAD: it has no list 'data'"),
+        ('{"data": 1}', "not in the format of SQuAD: it has no list 'data'"),
     ],
 )
 def test_what_is_not_squad(tmp_path, text, message):
@@ -220,7 +229,7 @@ def test_what_is_not_squad(tmp_path, text, message):
         load(path)
 
 
-def test_only_evaluation_tells_questions_by_their_ids(tmp_path):
+def test_only_evaluation_needs_unique_ids(tmp_path):
     rows = [ROW, changed(ROWS[1], id="q000")]
     path = write_json(tmp_path / "a.json", {"data": rows})
     assert len(load(path).dataset) == 2
@@ -242,7 +251,7 @@ def test_configurations_of_the_hub_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = (
-        r"Config name is missing\. .*\['fi', 'ko'\]\)\. Give --dataset_config_name\."
+        r"Config name is missing\. .*\['fi', 'ko'\]\)\. Set --dataset_config_name\."
     )
     with pytest.raises(UserError, match=message):
         load_split(arguments("--dataset_name=someone/qa"), "train", None)
@@ -252,7 +261,9 @@ def test_columns_of_other_files_are_checked(tmp_path):
     columns = {k: [row[k] for row in ROWS] for k in ROW}
     path = tmp_path / "a.parquet"
     toy_bert.write_parquet(path, columns | {"context": [None] * len(ROWS)})
-    with pytest.raises(UserError, match="column 'context' must hold a text, row 1"):
+    with pytest.raises(
+        UserError, match="column 'context' must contain text, but row 1"
+    ):
         load(path)
     toy_bert.write_parquet(path, columns | {"answers": [["red"]] * len(ROWS)})
     with pytest.raises(UserError, match=r"'q000' .* two lists .* got \['red'\]"):
@@ -267,8 +278,8 @@ def test_version_1_has_an_answer_to_every_question(tmp_path):
     unanswered = [row["id"] for row in ROWS if not row["answers"]["text"]]
     path = write_json(tmp_path / "a.json", {"data": ROWS})
     message = (
-        f"{len(unanswered)} of 12 questions of .* have no answer, '{unanswered[0]}' "
-        "for example: give --version_2_with_negative"
+        f"{len(unanswered)} of 12 questions of .* have no answer, for example "
+        f"'{unanswered[0]}': pass --version_2_with_negative"
     )
     for split in ("train", "validation"):
         with pytest.raises(UserError, match=message):

@@ -33,7 +33,7 @@ def test_version_1_by_hand():
 
 
 def test_version_2_by_hand():
-    """Four questions, of which two have an answer."""
+    """Four questions; two of them have an answer."""
     values = metrics.squad_v2_metrics(
         [["red cat", "cat"], ["blue dog"], [], []],
         ["cat", "", "", "dog"],
@@ -53,10 +53,10 @@ def test_version_2_by_hand():
     )
 
 
-def test_without_words_the_other_side_has_to_be_without_them():
+def test_a_text_without_words_matches_only_another_without_words():
     answers, texts = [["red"], [], ["the"]], ["the", "an", "a"]
     values = metrics.squad_v2_metrics(answers, texts, texts, [0.0] * 3)
-    # "the" is among the answers, although nothing is left of it.
+    # "the" counts as an answer, although it normalizes to nothing.
     assert (values["HasAns_f1"], values["HasAns_total"]) == (50, 2)
     assert (values["NoAns_f1"], values["NoAns_total"]) == (100, 1)
 
@@ -91,7 +91,7 @@ def test_the_best_threshold_is_the_best_of_all():
         assert found[name] < best
 
 
-def test_the_evaluation_of_transformers_4_finds_the_same():
+def test_the_metrics_match_transformers_4():
     recorded = json.loads(REFERENCE.read_text())
     values = metrics.squad_v2_metrics(
         *(recorded[k] for k in ("answers", "predictions", "best_texts", "null_odds"))
@@ -99,9 +99,9 @@ def test_the_evaluation_of_transformers_4_finds_the_same():
     assert values == pytest.approx(recorded["squad_v2"], abs=1e-9)
 
 
-def test_torchmetrics_finds_the_same():
+def test_the_metrics_match_torchmetrics():
     recorded = json.loads(REFERENCE.read_text())
-    # Of an answer without words it takes the F1 of version 2.
+    # For an answer without words it computes the F1 of SQuAD 2.
     chosen = [i for i, t in enumerate(recorded["answers"]) if t and "the" not in t]
     values = metrics.squad_metrics(
         *([recorded[name][i] for i in chosen] for name in ("answers", "predictions"))

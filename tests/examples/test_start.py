@@ -1,4 +1,4 @@
-"""From which models and data a run may start, and what it keeps for the next."""
+"""Models and data that a run starts from, and what it saves for the next run."""
 
 import json
 
@@ -38,7 +38,7 @@ def start(root, *flags, model="model", output_dir="out"):
 
 
 def with_labels(root, name, labels, **config):
-    """Writes a model that knows these labels."""
+    """Writes a model with these labels."""
     by_number = {"id2label": {str(i): label for i, label in enumerate(labels)}}
     weights = toy_bert.tensors(num_labels=len(labels))
     return toy_bert.write_model(root / name, weights, **by_number, **config).name
@@ -50,7 +50,7 @@ def write(path, text):
 
 
 def test_a_model_keeps_what_it_was_trained_on(root, tmp_path):
-    """Numbers are texts in training, and later for the model that it made."""
+    """Numbers are read as text in training, and later by the trained model."""
     rows = [f"what is it?,{k % 2 + 1},{['no', 'yes'][k % 2]}" for k in range(32)]
     train = write(tmp_path / "train.csv", "\n".join(["q,a,label", *rows]))
     test = write(tmp_path / "test.csv", "a,n,q\n2,0,good\n1,0,bad\n")
@@ -116,11 +116,11 @@ def test_labels_of_another_task_are_reported(root):
     model = with_labels(root, "mrpc", ["not_equivalent", "equivalent"])
     task = start(root, "--task_name=rte", "--do_eval", model=model)
     assert any(
-        "trained on other labels (not_equivalent, equivalent) than those of rte" in note
+        "(not_equivalent, equivalent) differ from the labels of rte" in note
         for note in task.model.notes
     )
     task = start(root, "--task_name=mrpc", "--do_eval", model=model)
-    assert not any("other labels" in note for note in task.model.notes)
+    assert not any("differ from" in note for note in task.model.notes)
 
 
 @pytest.mark.parametrize(("name", "number"), [("rte", 2), ("stsb", 1)])
@@ -147,7 +147,7 @@ def test_a_model_of_single_texts_gets_no_pairs(root):
         start(root, "--task_name=rte", "--do_eval", model="single")
 
 
-def test_data_sets_that_are_not_of_glue(root, tmp_path):
+def test_datasets_other_than_glue(root, tmp_path):
     for split in ("train", "validation"):
         columns = {"text": ["good", "bad film"], "label": [3, 7]}
         toy_bert.write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", columns)
@@ -158,7 +158,7 @@ def test_data_sets_that_are_not_of_glue(root, tmp_path):
     assert task.describe().title == tmp_path.name
 
 
-def test_numbers_to_predict_have_an_error(root, tmp_path):
+def test_a_regression_reports_the_mean_squared_error(root, tmp_path):
     path = write(tmp_path / "a.csv", "sentence,label\ngood,0.5\nbad,2\nfilm,4\n")
     flags = [f"--train_file={path}", f"--validation_file={path}", "--do_eval"]
     others = ["--metric_for_best_model=mse", "--ignore_mismatched_sizes"]
@@ -168,7 +168,7 @@ def test_numbers_to_predict_have_an_error(root, tmp_path):
     assert task.model.config.problem_type == "regression"
 
 
-def test_a_directory_says_what_it_holds(root, tmp_path):
+def test_a_saved_config_describes_the_model(root, tmp_path):
     weights = toy_bert.tensors()
     problem = "multi_label_classification"
     options = {"problem_type": problem, "dtype": "bfloat16"}
@@ -207,19 +207,19 @@ def test_weights_in_several_files(root):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_model_that_is_not_finite_is_of_no_use(root, value):
+def test_a_model_that_is_not_finite_is_rejected(root, value):
     weights = toy_bert.tensors()
     weights["classifier.bias"] = np.full_like(weights["classifier.bias"], value)
     toy_bert.write_model(root / f"is {value}", weights)
     task = start(root, "--task_name=mrpc", "--do_eval", model=f"is {value}")
-    with pytest.raises(UserError, match="not finite: it is of no use"):
+    with pytest.raises(UserError, match="not finite: it cannot be used"):
         task.evaluate(task.model.params)
 
 
-def test_integers_are_no_weights(root):
+def test_integer_weights_are_rejected(root):
     weights = {k: x.astype(np.int8) for k, x in toy_bert.tensors().items()}
     toy_bert.write_model(root / "int8", weights)
-    with pytest.raises(UserError, match=r"word_embeddings.* holds int8 numbers"):
+    with pytest.raises(UserError, match=r"word_embeddings.* has dtype int8"):
         start(root, "--task_name=mrpc", "--do_eval", model="int8")
 
 
@@ -227,7 +227,7 @@ def test_the_prefix_of_data_parallel_training_is_left_out(root):
     weights = {f"module.{name}": x for name, x in toy_bert.tensors().items()}
     toy_bert.write_model(root / "parallel", weights)
     task = start(root, "--task_name=mrpc", "--do_eval", model="parallel")
-    assert "Names in the checkpoint begin with module." in task.model.notes[0]
+    assert "The prefix module. of the names" in task.model.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_data_set_with_a_part_missing_is_rejected(root, tmp_path):
     columns = {"text": ["good", "bad film"], "label": [3, 7]}
     toy_bert.write_parquet(tmp_path / "train-00000-of-00002.parquet", columns)
     with pytest.raises(
-        UserError, match=r"train-00000-of-00002\.parquet, but not all 2"
+        UserError, match=r"1 of 2 parts \(train-00000-of-00002\.parquet\)"
     ):
         start(root, f"--dataset_name={tmp_path}", "--do_train")
     toy_bert.write_parquet(tmp_path / "train-00001-of-00002.parquet", columns)

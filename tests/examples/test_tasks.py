@@ -1,4 +1,4 @@
-"""The table of tasks, and the loading of splits: from a directory and from files."""
+"""The table of GLUE tasks, and the loading of splits from files."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ def test_every_task_is_consistent(name):
         ([0.5, 1.5, -2.0], ["score"], [0.5, 1.5, -2.0]),
     ],
 )
-def test_files_of_ones_own(tmp_path, extension, labels, names, expected):
+def test_custom_files(tmp_path, extension, labels, names, expected):
     path = write(tmp_path / f"train{extension}", {**TEXTS, "label": labels})
     args = args_of("--do_train", "--train_file", path)
     task = splits.find_task(args, BertConfig())
@@ -71,7 +71,7 @@ def test_files_of_ones_own(tmp_path, extension, labels, names, expected):
     assert split.dataset["sentence2"][:] == TEXTS["sentence2"]
 
 
-def test_the_labels_of_files_without_training_are_the_models(tmp_path):
+def test_without_training_the_labels_come_from_the_model(tmp_path):
     columns = {"review": ["good", "bad"], "label": ["yes", "no"]}
     path = write(tmp_path / "validation.csv", columns)
     args = args_of("--do_eval", "--validation_file", path)
@@ -82,7 +82,7 @@ def test_the_labels_of_files_without_training_are_the_models(tmp_path):
     assert splits.load_split(args, task, "validation", None).labels.tolist() == [0, 1]
 
 
-def test_a_file_can_stand_for_a_split_of_a_task(tmp_path):
+def test_a_file_can_replace_a_split_of_a_task(tmp_path):
     columns = {"question": ["a", "b"], "sentence": ["c", "d"]}
     names = {**columns, "label": ["not_entailment", "entailment"]}
     path = write(tmp_path / "train.tsv", names)
@@ -125,7 +125,7 @@ def load(tmp_path, task, columns, kind="train"):
         ),
         (
             {"label": [-1, -1, -1]},
-            r"label -1 at row 1 .* \(-1 stands for",
+            r"label -1 at row 1 .* \(-1 marks labels",
         ),
         ({"label": [0.0, 0.5, 1.0]}, "label 0.5 at row 2 of .* an integer from 0 to 1"),
         ({"label": ["no", "yes", "no"]}, "label 'no' at row 1 of .* an integer from 0"),
@@ -133,9 +133,12 @@ def load(tmp_path, task, columns, kind="train"):
         ({"label": [[0], [1], [0]]}, r"label \[0\] at row 1 of .* an integer from"),
         (
             {"sentence": ["a", None, "c"]},
-            "'sentence' must hold a text, row 2 .*None",
+            "'sentence' must contain text, but row 2 .*None",
         ),
-        ({"sentence": [["a"], [], []]}, r"hold a text, row 1 of .* has \['a'\]: write"),
+        (
+            {"sentence": [["a"], [], []]},
+            r"contain text, but row 1 of .* has \['a'\]: replace",
+        ),
         ({"sentence": [], "label": []}, "is empty"),
     ],
 )
@@ -158,7 +161,7 @@ def test_scores_out_of_range_are_rejected(tmp_path, labels):
     [
         ("train.txt", "a,label\n", "must end in one of .csv, .tsv, .json"),
         ("train.json", "not json", "line 1 of .*train.json is not JSON"),
-        ("train.csv", "label\n1\n0\n", "no column of texts; it has 'label'"),
+        ("train.csv", "label\n1\n0\n", "no text column; it has 'label'"),
         ("train.csv", "text,label\n", "train.csv is empty"),
         ("train.csv", "", "train.csv is empty"),
         ("train.json", "[]", "train.json is empty"),
@@ -168,12 +171,12 @@ def test_scores_out_of_range_are_rejected(tmp_path, labels):
         (
             "train.csv",
             "text,label\na,0.5\nb,\nc,1.5\n",
-            "row 3 of .*train.csv has the label '': write one",
+            "row 3 of .*train.csv has the label '': fill it in",
         ),
         (
             "train.json",
             '[{"text": "a", "label": [1]}]',
-            r"label \[1\] at row 1 .* no name",
+            r"label \[1\] at row 1 .* must be a name",
         ),
         (None, None, "there is no file"),
     ],
@@ -187,8 +190,8 @@ def test_a_bad_file_is_one_clear_error(tmp_path, name, content, message):
         splits.find_task(args, BertConfig())
 
 
-def test_labels_are_where_the_task_says():
-    """The order of GLUE on the hub."""
+def test_labels_are_in_the_order_of_the_hub():
+    """As in GLUE on the Hub."""
     expected = {"mnli": "entailment", "rte": "entailment", "wnli": "not_entailment"}
     for name, first in expected.items():
         assert tasks.TASKS[name].label_names[0] == first

@@ -34,7 +34,7 @@ MICRO = pathlib.Path(__file__).parents[1] / "reference" / "bert_micro"
 
 
 def micro_losses(optimizer, dtype, num_steps):
-    """Trains the recorded model through the trainer's own step."""
+    """Trains the recorded model with the trainer's step; returns the losses."""
     model_class = bert.BertForSequenceClassification
     config = pretrained.read_config(MICRO)
     params, _ = pretrained.params_from_tensors(
@@ -83,7 +83,7 @@ def test_adamw_follows_torch():
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
 
 
-# A model small enough to follow by hand: the logit of label 1 is the parameter.
+# A model to compute by hand: the logit of label 1 is the parameter times the input.
 
 
 def apply_scalar(params, batch, dropout_key):
@@ -137,7 +137,7 @@ def test_evaluation_batches_hold_each_example_once_in_order():
 
 
 def test_an_answer_is_two_positions():
-    """By hand: the model's start logits are the tokens, its end logits their half."""
+    """By hand: the start logits are the tokens, the end logits half of them."""
 
     def apply(params, batch, dropout_key):
         logits = params["w"] * batch["input_ids"].astype(jnp.bfloat16)
@@ -218,7 +218,7 @@ def test_every_step_is_reported_once_in_order():
 
 @pytest.mark.parametrize("size", [12, 7, 3])
 def test_accumulation_averages_over_all_examples(size):
-    """As one forward pass over all of them, also where a part is short or empty."""
+    """Equals one forward pass over all of them, even if a part is short or empty."""
     rng = np.random.default_rng(0)
     inputs, labels = rng.integers(-5, 5, size), rng.integers(0, 2, size)
     batches = [toy_batch(inputs, labels, 12)] * 5

@@ -1,4 +1,4 @@
-"""A tiny BERT on disk and GLUE-like data to train it on, made from nothing."""
+"""Writes a tiny random BERT, and data like GLUE's and SQuAD's to train it on."""
 
 import collections
 import io
@@ -38,7 +38,7 @@ _STORAGES = {"float32": "FloatStorage", "float64": "DoubleStorage"}
 
 
 def tensors(model_class=bert.BertForSequenceClassification, seed=0, **config):
-    """Random weights under Hugging Face's names."""
+    """Returns random weights under Hugging Face's names."""
     params = bert.init_params(BertConfig(**CONFIG | config), model_class, seed)
     named = pretrained.tensors_from_params(params)
     rng = np.random.default_rng(seed)
@@ -146,14 +146,14 @@ def write_task(directory, name, num_train=320, num_eval=37):
         if task.is_regression:
             labels = labels.astype(np.float32)
         elif split.startswith("test"):
-            labels = np.full(size, -1)  # As on the hub: not public.
+            labels = np.full(size, -1)  # As on the Hub, where they are not public.
         columns |= {"label": labels.tolist(), "idx": list(range(size))}
         write_parquet(Path(directory, name, f"{split}-00000-of-00001.parquet"), columns)
     return Path(directory)
 
 
 def questions(num, *, with_negative, seed=0):
-    """Rows as in SQuAD: the answer is "good film", wherever it stands, or none."""
+    """Returns rows as in SQuAD; the answer, if any, is a "Good film" somewhere."""
     rng = np.random.default_rng(seed)
     others = [word for word in WORDS if word not in ("good", "film")]
     rows = []
@@ -183,7 +183,7 @@ def write_squad(directory, num_train=240, num_eval=37, *, with_negative=True):
 
 
 def as_squad_file(rows):
-    """Returns what SQuAD's own file holds of these rows, an article for each."""
+    """Returns these rows in the layout of SQuAD's JSON files, one article per row."""
     return {
         "version": "v2.0",
         "data": [

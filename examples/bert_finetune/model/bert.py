@@ -23,7 +23,7 @@ Batch = Mapping[str, jax.Array]
 # (params, batch, dropout_key) -> output; a key of None turns dropout off.
 Apply = Callable[[Params, Batch, jax.Array | None], Any]
 
-WORD_TABLE = "word_embeddings"
+WORD_EMBEDDINGS = "word_embeddings"
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -302,10 +302,10 @@ def decay_mask(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def is_word_table(params: Params) -> Any:
+def is_word_embedding(params: Params) -> Any:
     """Marks the word-embedding table."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(p.key == WORD_TABLE for p in path), params
+        lambda path, _: any(p.key == WORD_EMBEDDINGS for p in path), params
     )
 
 
@@ -316,7 +316,7 @@ def touched_rows(max_tokens: int, max_length: int) -> dict[str, int]:
       max_tokens: maximum number of distinct tokens in a batch.
       max_length: maximum number of tokens in an example.
     """
-    return {WORD_TABLE: max_tokens, "position_embeddings": max_length}
+    return {WORD_EMBEDDINGS: max_tokens, "position_embeddings": max_length}
 
 
 def _string_keys(tree: Any) -> Any:

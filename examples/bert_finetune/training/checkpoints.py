@@ -1,8 +1,8 @@
-"""Checkpoints of a training run, written and kept by orbax.
+"""Saves and restores the checkpoints of a training run, with orbax.
 
 `checkpoint-STEP` in the output directory is a model directory that `transformers`
 loads. It also holds `state/`, everything a training step changes, and `loop/`, what the
-loop around it must know to resume.
+training loop needs to resume.
 """
 
 import math
@@ -50,10 +50,10 @@ def open_manager(
     best_metric: str | None = None,
     read_only: bool = False,
 ) -> ocp.CheckpointManager:
-    """Opens the checkpoints of a directory.
+    """Opens a checkpoint manager for a directory.
 
-    It keeps the newest ``limit``, and the best by ``best_metric``: the lowest if that
-    is a loss or an error, otherwise the highest.
+    It keeps the newest ``limit`` checkpoints and the best by ``best_metric``: the
+    lowest for a loss or an error, otherwise the highest.
     """
     policies: Any = ocp.checkpoint_managers
     keep = [policies.LatestN(limit)]
@@ -61,7 +61,7 @@ def open_manager(
     worst = math.inf if lowest else -math.inf
 
     def best_fn(results: Mapping[str, float]) -> float:
-        # Results that are not finite are not saved.
+        # Non-finite results are not saved.
         return results.get(best_metric or "", worst)
 
     if best_metric is not None:
@@ -73,11 +73,11 @@ def open_manager(
         best_fn=best_fn if best_metric is not None else None,
         best_mode="min" if lowest else "max",
         cleanup_tmp_directories=True,
-        # An error shows in `save`, which the loop survives.
+        # Errors are raised in `save`, where the loop handles them.
         enable_async_checkpointing=False,
         save_root_metadata=False,
     )
-    if read_only:  # Orbax's own flag logs warnings; nothing is written without it.
+    if read_only:  # Orbax's own flag logs warnings; these options write nothing.
         options = ocp.CheckpointManagerOptions(
             step_name_format=_Names(), create=False, save_root_metadata=False
         )
@@ -96,9 +96,9 @@ def save(
 ) -> Path:
     """Writes `checkpoint-STEP` atomically; returns its path.
 
-    ``loop_state`` is what the loop needs to resume, as JSON; ``results`` are those of
-    an evaluation at this step. ``with_window`` keeps M-FAC's gradients and their Gram
-    matrix.
+    ``loop_state`` is what the loop needs to resume, as JSON. ``results`` are the
+    evaluation results at this step, if any. ``with_window`` keeps M-FAC's gradients and
+    their Gram matrix.
     """
     step = int(state.step)
     has_window = with_window or not window_nbytes(state)
@@ -129,10 +129,10 @@ def read_state(
     init_state: Callable[[], TrainState],
     has_window: bool,
 ) -> TrainState:
-    """Reads the state of a checkpoint, which has these shapes, with these shardings.
+    """Restores the state of a checkpoint, with these shapes and shardings.
 
-    Without its window (``has_window``, from the loop state) M-FAC starts with the empty
-    one of the initial state.
+    ``has_window`` is from the loop state; if false, M-FAC starts with the empty window
+    of the initial state.
     """
     if not has_window:
         shapes = mfac_jax.drop_windows(shapes)

@@ -1,7 +1,7 @@
-"""The devices of a run: those of all its processes, in one mesh.
+"""The mesh of a run: the devices of all its processes.
 
-Parameters are replicated over the mesh, batches are split over it. Without a mesh in
-context (`jax.set_mesh`) that is the first device alone.
+Parameters are replicated over the mesh and batches are split over it. Without a mesh in
+context (`jax.set_mesh`), the mesh is the first device.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ AXIS = "data"
 
 
 def join(args: Arguments) -> None:
-    """Joins the processes of a run; comes before anything that touches a device."""
+    """Joins the processes of a run; call it before anything touches a device."""
     if not args.is_distributed or jax.distributed.is_initialized():
         return
-    # Only training asks for the notices: without it SIGTERM must keep its meaning.
+    # Only training polls for preemption; otherwise SIGTERM must keep its default.
     config: Any = jax.config
     config.update("jax_enable_preemption_service", args.do_train)
     timeout = args.heartbeat_timeout_seconds
@@ -40,21 +40,21 @@ def join(args: Arguments) -> None:
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"the processes cannot be joined: {first_line(error)} Give "
-            "--coordinator_address, --num_processes and --process_id, or start all "
-            "processes by Slurm or Open MPI with --distributed."
+            "--coordinator_address, --num_processes and --process_id, or launch all "
+            "processes with Slurm or Open MPI and --distributed."
         ) from error
-    # XLA ends a process whose peer has died, and only names the peer.
+    # XLA ends a process whose peer died; its message only names the peer.
     print(
         f"Process {jax.process_index()} of {jax.process_count()} has joined. If "
-        f"another one dies, this one ends within about {timeout} s; the same command "
-        "resumes from the last checkpoint.",
+        f"another one dies, this one ends within about {timeout} s; rerun the same "
+        "command to resume from the last checkpoint.",
         file=sys.stderr,
         flush=True,
     )
 
 
 def make_mesh(num_devices: int | None) -> Mesh:
-    """Returns the mesh of these many devices of each process, or of all."""
+    """Returns the mesh of ``num_devices`` devices of each process, or of all."""
     devices = []
     for process in range(jax.process_count()):
         local = jax.local_devices(process)
@@ -68,7 +68,7 @@ def make_mesh(num_devices: int | None) -> Mesh:
 
 
 def mesh() -> Mesh:
-    """Returns the mesh in context, or that of the first device."""
+    """Returns the mesh in context, or a mesh of the first device."""
     current = jax.sharding.get_mesh()
     return _mesh_of(jax.local_devices()[:1]) if current.empty else current
 
@@ -84,12 +84,12 @@ def count() -> int:
 
 
 def sharding(*axes: str | None) -> NamedSharding:
-    """Returns the sharding over these axes of the mesh, or the replicated one."""
+    """Returns the sharding over these axes of the mesh; replicated without axes."""
     return NamedSharding(mesh(), PartitionSpec(*axes))
 
 
 def put(tree: Any, *axes: str | None) -> Any:
-    """Places arrays, which every process has as a whole, with this sharding."""
+    """Places arrays with this sharding; each process passes the full arrays."""
     placement = sharding(*axes)
 
     def place(x: Any) -> jax.Array:
@@ -110,7 +110,7 @@ def spread(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def one_console() -> Iterator[None]:
-    """Silences all processes except the first, apart from errors."""
+    """Silences all processes except the first; errors are still raised."""
     if jax.process_index() == 0:
         yield
         return

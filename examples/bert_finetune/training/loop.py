@@ -32,7 +32,7 @@ from bert_finetune.training import (
 )
 from bert_finetune.training.task import Task, padded_lengths
 
-# The padded lengths of so many batches are compiled ahead, and their tokens counted.
+# First batches whose padded lengths are compiled ahead and whose tokens are counted.
 _FIRST_BATCHES = 256
 
 
@@ -71,12 +71,12 @@ def train(
     """Trains, from the start or from a checkpoint, and saves the model.
 
     Returns:
-      The last parameters, or the best; the results of training; those of evaluation,
-      empty without one.
+      The last parameters, or the best; the training results; the evaluation results,
+      empty without an evaluation.
 
     Raises:
       Interrupted: after SIGINT or SIGTERM; a checkpoint has been written.
-      UserError: if training diverges, or no checkpoint to resume from can be used.
+      UserError: if training diverges, or if the run cannot resume from a checkpoint.
     """
     args, num_steps = run.task.args, run.train_data.num_steps
     init_state = functools.partial(
@@ -122,7 +122,7 @@ def train(
 
 
 def _describe(run: Run, state: steps.TrainState) -> None:
-    """Prints what is trained, on what, with what."""
+    """Prints the data, the model size and the optimizer."""
     train_data, optimizer = run.train_data, run.optimizer
     lengths = sorted({batch["input_ids"].shape[1] for batch in run.first_batches})
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -138,8 +138,8 @@ def _describe(run: Run, state: steps.TrainState) -> None:
     size = checkpoints.window_nbytes(state)
     if size and not run.task.args.save_window:
         print(
-            f"The window's {size / 1e9:.2f} GB are not kept in checkpoints: a resumed "
-            "run starts with an empty one, and its steps differ until it is full again."
+            f"Checkpoints omit the window ({size / 1e9:.2f} GB): a resumed run starts "
+            "with an empty one, and its steps differ until it is full again."
         )
 
 
@@ -150,10 +150,10 @@ def _take_steps(
     log: Log,
     saved: Mapping[str, Any],
 ) -> tuple[steps.TrainState, float]:
-    """Returns the last state and the seconds it took, those of the resumed run too.
+    """Returns the last state and the seconds taken, including before a resume.
 
-    Evaluations and checkpoints wait for the steps before them, and see the outcome:
-    nothing that has diverged is saved.
+    Evaluations and checkpoints wait for all steps before them, so that a diverged state
+    is never saved.
     """
     train_step, start = _compiled_step(run, state), int(state.step)
     began = time.perf_counter() - saved.get("seconds", 0.0)
@@ -195,7 +195,7 @@ def _compiled_step(run: Run, state: steps.TrainState) -> Callable[..., Any]:
 
 
 def _due(run: Run, step: int) -> tuple[bool, bool]:
-    """Returns whether an evaluation and a checkpoint come after a step."""
+    """Returns whether an evaluation and a checkpoint are due after a step."""
     args, data = run.task.args, run.train_data
 
     def is_due(strategy: str, every: int) -> bool:
@@ -203,7 +203,7 @@ def _due(run: Run, step: int) -> tuple[bool, bool]:
         return strategy != "no" and step % every == 0
 
     if step == data.num_steps:
-        # The last parameters are evaluated after the loop; the best may be others.
+        # Evaluated after the loop, unless the best parameters may replace the last.
         return args.load_best_model_at_end, args.save_strategy != "no"
     eval_steps = args.eval_steps or args.logging_steps
     return is_due(args.eval_strategy, eval_steps), is_due(
@@ -225,8 +225,8 @@ def _save_checkpoint(
         path = checkpoints.save(manager, state, saved, results, with_window=keep)
         _save_model(run.task, state.params, path)
         return path
-    except Exception as error:  # A run is worth more than its checkpoint.
-        if jax.process_count() > 1:  # The others wait for this one to save.
+    except Exception as error:  # A lost checkpoint must not end the run.
+        if jax.process_count() > 1:  # The others wait for this process to save.
             raise
         what = f"checkpoint-{int(state.step)} cannot be written"
         print(f"warning: {what}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -240,9 +240,9 @@ def _resume(
 ) -> tuple[steps.TrainState, Mapping[str, Any]]:
     """Returns the state to start from, and the loop state saved with it.
 
-    Without `--resume_from_checkpoint` it is that of the newest readable checkpoint in
-    the output directory, as in Hugging Face's script, and with
-    `--overwrite_output_dir` the initial one.
+    Without `--resume_from_checkpoint`, the run resumes from the newest readable
+    checkpoint in the output directory, as in Hugging Face's scripts, or starts over
+    with `--overwrite_output_dir`.
     """
     args = run.task.args
     wanted = args.resume_from_checkpoint
@@ -250,7 +250,7 @@ def _resume(
         path = Path(wanted)
         step = checkpoints.step_of(path)
         if step is None or not path.is_dir():
-            raise UserError(f"--resume_from_checkpoint {wanted} is no checkpoint.")
+            raise UserError(f"--resume_from_checkpoint {wanted} is not a checkpoint.")
         if path.parent.resolve() == Path(manager.directory).resolve():
             return _restore(run, manager, [step], init_state)
         with checkpoints.open_manager(path.parent, read_only=True) as source:
@@ -288,22 +288,22 @@ def _restore(
             )
         except (UserError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # Whatever orbax raises for a damaged checkpoint.
+        except Exception as error:  # Orbax raises many types for a damaged checkpoint.
             reason = first_line(error)
-            if jax.process_count() > 1:  # Others may have read their part of it.
-                what = f"{path} cannot be read: {reason}"
-                raise UserError(f"{what} Remove it to resume from another.") from error
-            print(f"{path} cannot be read: {reason} It is skipped.", file=sys.stderr)
+            if jax.process_count() > 1:  # Others may have read their part.
+                what = f"{path} cannot be read ({reason})"
+                raise UserError(f"{what}. Remove it to resume from another.") from error
+            print(f"{path} cannot be read and is skipped: {reason}", file=sys.stderr)
             continue
         print(f"Resuming from {path}.")
         if path.parent == Path(run.task.args.output_dir).absolute():
-            # Those after it are written again, and must not count as the newest.
+            # Later ones are written again, and must not count as the newest.
             for later in [other for other in manager.all_steps() if other > step]:
                 manager.delete(later)
-            if not (path / "model.safetensors").exists():  # Killed before this.
+            if not (path / "model.safetensors").exists():  # Killed before that.
                 _save_model(run.task, state.params, path)
         if not saved["has_window"]:
-            print("It holds no window: M-FAC starts with an empty one.")
+            print("The checkpoint holds no window: M-FAC starts with an empty one.")
         return state, saved
     raise UserError(
         f"no checkpoint in {manager.directory} can be read. Give another --output_dir, "
@@ -312,7 +312,7 @@ def _restore(
 
 
 def _fingerprint(run: Run) -> dict[str, Any]:
-    """Returns what must not change for a resumed run to be the same run."""
+    """Returns what a resumed run must share with the run it resumes."""
     features = run.train_data.features
     examples = hashlib.sha256()
     for array in (features.tokens, features.starts, *features.targets.values()):
@@ -329,10 +329,10 @@ def _check_same_run(run: Run, saved: Mapping[str, Any], path: Path) -> None:
     for name, value in _fingerprint(run).items():
         if saved.get(name, value) != value:
             raise UserError(
-                f"{path} is of another run: {name} was {saved[name]!r} there and is "
-                f"{value!r} now. To start a new run from its weights, give it as "
-                "--model_name_or_path, without --resume_from_checkpoint, and another "
-                "--output_dir."
+                f"{path} belongs to another run: {name} was {saved[name]!r} and is "
+                f"now {value!r}. To start a new run from its weights, give it as "
+                "--model_name_or_path with another --output_dir and without "
+                "--resume_from_checkpoint."
             )
 
 
@@ -341,10 +341,10 @@ def _load_best(
 ) -> bert.Params:
     step = manager.best_step()
     if step is None or metric not in (manager.metrics(step) or {}):
-        print("No checkpoint is the best: these are the last parameters.")
+        print(f"No checkpoint has {metric}: keeping the last parameters.")
         return params
     path = Path(manager.directory, f"checkpoint-{step}")
-    print(f"The best model is that of {path}.")
+    print(f"Loading the best model from {path}.")
     # The first process may still be writing it.
     multihost_utils.sync_global_devices("best model")
     tensors = pretrained.read_tensors(path)
@@ -358,7 +358,7 @@ def _save_model(task: Task, params: bert.Params, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _named_last_good(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Tells of the last good checkpoint when training diverges."""
+    """Adds the last good checkpoint to the error when training diverges."""
     try:
         yield
     except steps.Diverged as error:
@@ -371,12 +371,12 @@ def _named_last_good(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 def _interrupted(number: int, step: int, run: Run, path: Path | None) -> Interrupted:
     args: Arguments = run.task.args
-    kept = "It could not be saved." if path is None else f"It is saved in {path}."
-    how = "The same command"
+    kept = "It could not be saved." if path is None else f"Saved in {path}."
+    how = "Rerun the same command"
     if args.overwrite_output_dir or args.resume_from_checkpoint is not None:
         how += " with --resume_from_checkpoint last"
     return Interrupted(
         f"stopped by {signal.Signals(number).name} after step {step} of "
-        f"{run.train_data.num_steps}. {kept} {how} resumes from the last checkpoint.",
+        f"{run.train_data.num_steps}. {kept} {how} to resume from the last checkpoint.",
         exit_code=128 + number,
     )

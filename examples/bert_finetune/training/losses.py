@@ -18,7 +18,7 @@ LossFn = Callable[
 def label_scores(apply: bert.Apply, *, is_regression: bool = False) -> Any:
     """Returns ``(params, batch, dropout_key) -> (losses, predictions)``, by row.
 
-    Losses are cross-entropies, or squared errors of a regression.
+    Losses are cross-entropies, or squared errors for a regression.
     """
 
     def scores(params, batch, dropout_key=None):
@@ -33,7 +33,7 @@ def label_scores(apply: bert.Apply, *, is_regression: bool = False) -> Any:
 
 
 def label_loss(apply: bert.Apply, *, is_regression: bool = False) -> LossFn:
-    """Returns the mean of :func:`label_scores`, with the accuracy of a classifier."""
+    """Returns the mean loss of :func:`label_scores`, and a classifier's accuracy."""
     scores = label_scores(apply, is_regression=is_regression)
 
     def loss_fn(params, batch, dropout_key):
@@ -59,7 +59,7 @@ def span_logits(apply: bert.Apply) -> Any:
 def span_loss(apply: bert.Apply) -> LossFn:
     """Returns the mean cross-entropy of an answer's first and last token.
 
-    Padding is no candidate, so that its amount changes nothing.
+    Padding is masked out, so that the loss does not depend on the padded length.
     """
 
     def loss_fn(params, batch, dropout_key):
@@ -78,12 +78,12 @@ def span_loss(apply: bert.Apply) -> LossFn:
 
 
 def full_precision(logits: jax.Array) -> jax.Array:
-    """Returns logits of at least float32."""
+    """Casts logits to at least float32."""
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def weighted_mean(values: jax.Array, batch: bert.Batch) -> jax.Array:
-    """Returns the mean over the rows of weight 1; 0 where there are none."""
+    """Returns the mean over the rows of weight 1; 0 if there are none."""
     values = full_precision(values)
     weights = batch["weights"].astype(values.dtype)
     return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1)

@@ -1,4 +1,4 @@
-"""The memory that an optimizer needs, and that there is."""
+"""Checks that the state of an optimizer fits in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from bert_finetune.errors import UserError
 from bert_finetune.training import devices, steps
 from bert_finetune.training.optimizers import Optimizer
 
-# Next to the optimizer's state: parameters, gradient, update and activations of a
-# batch, in units of the parameters.
+# In addition to the optimizer's state: parameters, gradient, update and activations of
+# a batch, in units of the parameters.
 _WORKING_COPIES = 4
 _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
@@ -21,12 +21,12 @@ _CGROUP_LIMITS = (
 
 
 def nbytes(tree: Any) -> int:
-    """Returns the bytes of all arrays of a tree, or of their shapes."""
+    """Returns the total bytes of a tree of arrays or shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def on_device(shapes: Any) -> Any:
-    """Returns the shapes of what one device holds of arrays with these shardings."""
+    """Returns the shapes of the shards on one device."""
 
     def part(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
@@ -37,7 +37,7 @@ def on_device(shapes: Any) -> Any:
 def check_memory(optimizer: Optimizer, params: Any) -> None:
     """Raises a UserError unless the optimizer's state fits; allocates nothing.
 
-    The memory is that of a device; the devices of a CPU share that of the host.
+    Counts the memory of one device; CPU devices share the memory of the host.
     """
     num_devices, num_sharing = devices.count(), 1
     if jax.default_backend() == "cpu":
@@ -50,13 +50,13 @@ def check_memory(optimizer: Optimizer, params: Any) -> None:
     if state + working <= available:
         return
     message = (
-        f"the state of {optimizer.name} takes {state / 1e9:.1f} GB and training next "
-        f"to it about {working / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory "
-        "are available."
+        f"the state of {optimizer.name} takes {state / 1e9:.1f} GB and training "
+        f"needs about {working / 1e9:.1f} GB more, but {available / 1e9:.1f} GB of "
+        "memory are available."
     )
     if num_grads := optimizer.hyperparams.get("num_grads"):
         window = num_sharing * mfac_jax.window_nbytes(shapes)
-        # Less one gradient: a top-k window also keeps an error of that size.
+        # Minus one gradient: a top-k window also keeps an error of that size.
         for_window = available - working - (state - window) - copy
         fitting = max(0, for_window * num_grads // window)
         fitting -= fitting % num_devices
@@ -77,6 +77,6 @@ def available_memory() -> int:
         try:
             limit = int(Path(limit_file).read_text())
         except (OSError, ValueError):
-            continue  # No such version of cgroups, or "max": no limit.
+            continue  # Another version of cgroups, or "max": no limit.
         available = min(available, limit - psutil.Process().memory_info().rss)
     return available

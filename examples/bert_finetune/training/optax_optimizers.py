@@ -1,4 +1,4 @@
-"""The optimizers of Optax by name, with their hyper-parameters as JSON."""
+"""Builds Optax optimizers from their names, with hyper-parameters from JSON."""
 
 import contextlib
 import difflib
@@ -15,14 +15,14 @@ from bert_finetune.arguments import Arguments
 from bert_finetune.errors import UserError
 from bert_finetune.model import bert
 
-# What Optax's optimizers call the tree of the weights that decay, and the decay.
+# Optax's parameter names for the weight decay mask and the weight decay.
 _MASKS = ("mask", "weight_decay_mask")
 _DECAYS = ("weight_decay", "weight_decay_rate")
 REQUIRED = inspect.Parameter.empty
 
 
 def aliases() -> dict[str, Callable[..., Any]]:
-    """Returns the optimizers of Optax by name: its functions of a learning rate."""
+    """Returns Optax's optimizers by name: its functions with a learning_rate."""
     return {
         prefix + name: function
         for prefix, module in (("", optax), ("contrib.", optax.contrib))
@@ -34,7 +34,7 @@ def aliases() -> dict[str, Callable[..., Any]]:
 
 
 def _find(optim: str, others: Sequence[str]) -> Callable[..., Any]:
-    """Returns the function that `--optim` names; suggests similar names."""
+    """Returns the function that `--optim` names; the error suggests similar names."""
     known = aliases()
     name = optim.removeprefix("optax.")
     if name.startswith("contrib.schedule_free"):
@@ -58,7 +58,7 @@ def _find(optim: str, others: Sequence[str]) -> Callable[..., Any]:
 
 
 def _defaults(alias: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the defaults that JSON can express; the others cannot be changed."""
+    """Returns the defaults that JSON can express; other arguments are fixed."""
     defaults = {}
     for name, parameter in inspect.signature(alias).parameters.items():
         if name in ("learning_rate", *_MASKS):
@@ -73,10 +73,10 @@ def _defaults(alias: Callable[..., Any]) -> dict[str, Any]:
 
 
 def defaults(args: Arguments, others: Sequence[str]) -> dict[str, Any]:
-    """Returns the hyper-parameters of `--optim`, or :data:`REQUIRED` for each.
+    """Returns the default of each hyper-parameter of `--optim`, or :data:`REQUIRED`.
 
-    ``others`` are names that `--optim` may have as well. Raises a UserError for an
-    unknown optimizer, or a weight decay that it does not have.
+    ``others`` are further valid names, for the error message. Raises a UserError for an
+    unknown optimizer, or a weight decay that the optimizer does not support.
     """
     values = _defaults(_find(args.optim, others))
     decays = [decay for decay in _DECAYS if decay in values]
@@ -86,19 +86,19 @@ def defaults(args: Arguments, others: Sequence[str]) -> dict[str, Any]:
             " which has no weight decay: leave the flag out, or choose another "
             "optimizer."
         )
-    # Hugging Face's default, not Optax's, which differs between its optimizers.
+    # Hugging Face's default; Optax's defaults differ between optimizers.
     return values | dict.fromkeys(decays, args.weight_decay)
 
 
 def expected(default: Any) -> tuple[str, Callable[[Any], bool]]:
-    """Describes and recognizes the values that can replace a default."""
+    """Returns a description of valid replacements for a default, and a predicate."""
 
     def is_plain(value):
         if isinstance(value, list):
             return all(map(is_plain, value))
         return not isinstance(value, dict)
 
-    # null turns off some of what Optax has on by default.
+    # null disables some options that Optax enables by default.
     if isinstance(default, bool):
         return "true or false", lambda value: value is None or isinstance(value, bool)
     if isinstance(default, int | float):
@@ -114,8 +114,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Builds an optimizer.
 
-    Traces one update; raises a UserError if it cannot train these parameters, or cannot
-    be saved. ``schedule`` maps the peak of the learning rate to its schedule.
+    Dry-runs one update; raises a UserError if the optimizer cannot train these
+    parameters or cannot be checkpointed. ``schedule`` maps a peak learning rate to its
+    schedule.
     """
     alias = _find(optim, [])
     masks = inspect.signature(alias).parameters.keys() & set(_MASKS)
@@ -135,15 +136,15 @@ def make_optimizer(
         trees = jax.tree.leaves(updates), jax.tree.leaves(params)
         if [x.shape for x in trees[0]] != [x.shape for x in trees[1]]:
             raise ValueError("its updates have other shapes than the parameters")
-    except Exception as error:  # Whatever any optimizer of any version may raise.
+    except Exception as error:  # Optimizers may raise any type.
         raise UserError(
-            f"--optim {optim} cannot be used here: it needs more than gradients, it "
-            "takes no schedule as its learning rate, it cannot be saved, or it does "
-            f"not take these --optim_args ({type(error).__name__}: {error})."
+            f"--optim {optim} cannot be used here: it needs more than gradients, does "
+            "not accept a learning rate schedule, cannot be checkpointed, or does not "
+            f"accept these --optim_args ({type(error).__name__}: {error})."
         ) from error
     return optimizer
 
 
 def _as_tuples(value: Any) -> Any:
-    """Returns tuples, as Optax takes them, where JSON has lists."""
+    """Converts lists, as JSON has them, to tuples, as Optax expects them."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""`--optim` and `--optim_args`: M-FAC, AdamW, or any optimizer of Optax by name."""
+"""Builds the optimizer of `--optim` and `--optim_args`: M-FAC, AdamW or Optax's."""
 
 import json
 import math
@@ -15,9 +15,9 @@ from bert_finetune.model import bert
 from bert_finetune.training import devices, optax_optimizers
 from bert_finetune.training.schedules import make_schedule
 
-# From the peak of a learning rate to its schedule.
+# Maps a peak learning rate to its schedule.
 _Schedules = Callable[[float], optax.Schedule]
-# By name of a window: whether embedding tables are stored row-sparse, and the window.
+# Window name -> whether embedding tables are row-sparse, and the window or its dtype.
 _WINDOWS = {
     "dense": (False, mfac_jax.DenseWindow()),
     "bf16": (False, mfac_jax.DenseWindow(jnp.bfloat16)),
@@ -26,7 +26,7 @@ _WINDOWS = {
     "row_sparse_bf16": (True, jnp.bfloat16),
     "topk": (False, mfac_jax.TopKWindow()),
 }
-# Defaults; `lr` and `weight_decay` default to their flags.
+# `lr` and `weight_decay` default to their flags.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "MFAC": {
         "num_grads": 1024,
@@ -51,7 +51,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# What a value must be, and whether it is.
+# A description of the valid values, and a predicate.
 _Expected = tuple[str, Callable[[Any], bool]]
 _SHARE: _Expected = ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
 _AT_LEAST_0: _Expected = (
@@ -82,7 +82,7 @@ class Optimizer(NamedTuple):
 
 
 def parse_hyperparams(args: Arguments) -> dict[str, Any]:
-    """Returns every hyper-parameter of the optimizer that the flags describe.
+    """Returns all hyper-parameters of the optimizer, from the flags and defaults.
 
     Raises a UserError for an unknown optimizer or hyper-parameter, malformed JSON, or a
     value out of range.
@@ -96,7 +96,7 @@ def parse_hyperparams(args: Arguments) -> dict[str, Any]:
     given = _parse_json(args.optim_args)
     for name, value in given.items():
         if name not in defaults:
-            known = f"{args.optim} knows {', '.join(defaults)}"
+            known = f"{args.optim} accepts {', '.join(defaults)}"
             raise UserError(f"--optim_args has the unknown key {name!r}; {known}.")
         known = _EXPECTED[name] if is_ours or name == "lr" else None
         expected, fits = known or optax_optimizers.expected(defaults[name])
@@ -114,7 +114,7 @@ def parse_hyperparams(args: Arguments) -> dict[str, Any]:
     if window is not None and decays_gradients and _WINDOWS[window][0]:
         raise UserError(
             f"weight_decay {hyperparams['weight_decay']} makes the gradients of the "
-            f"embedding tables dense, for which window {window!r} has no room: choose "
+            f"embedding tables dense, which window {window!r} cannot store: choose "
             "dense, bf16, int8 or topk."
         )
     return hyperparams
@@ -127,8 +127,8 @@ def check_num_grads(hyperparams: Mapping[str, Any], num_devices: int) -> None:
         above = num_grads + -num_grads % num_devices
         raise UserError(
             f"num_grads in --optim_args must be a multiple of {num_devices}, the "
-            f"devices that share the window, got {num_grads}: give {above}, or "
-            "another --num_devices."
+            f"number of devices that share the window, got {num_grads}: give {above} "
+            "or another --num_devices."
         )
 
 
@@ -154,7 +154,7 @@ def make_optimizer(
 ) -> Optimizer:
     """Builds the optimizer for these parameters, or their shapes.
 
-    ``max_rows`` are the rows of each embedding table that a row-sparse window holds.
+    ``max_rows`` is the maximum of rows per gradient of each embedding table.
     """
 
     def schedule(peak: float) -> optax.Schedule:
@@ -173,12 +173,12 @@ def make_optimizer(
         make = optax_optimizers.make_optimizer
         optimizer = make(name, schedule, hyperparams, params)
     if hyperparams.get("word_lr") is not None:
-        # The betas of another optimizer are not AdamW's.
+        # Another optimizer's betas do not apply to AdamW.
         names = [*hyperparams] if name == "adamw" else ["weight_decay"]
         words = _DEFAULTS["adamw"] | {k: hyperparams[k] for k in names}
         words["lr"] = hyperparams["word_lr"]
         optimizer = optax.partition(
-            {True: _adamw(schedule, words), False: optimizer}, bert.is_word_table
+            {True: _adamw(schedule, words), False: optimizer}, bert.is_word_embedding
         )
     if args.max_grad_norm:
         clip = optax.clip_by_global_norm(args.max_grad_norm)
@@ -196,7 +196,7 @@ def _mfac(
     is_row_sparse, window = _WINDOWS[hyperparams["window"]]
     if is_row_sparse:
         if hyperparams["word_lr"] is not None:
-            max_rows = {k: v for k, v in max_rows.items() if k != bert.WORD_TABLE}
+            max_rows = {k: v for k, v in max_rows.items() if k != bert.WORD_EMBEDDINGS}
         window = mfac_jax.compact_windows(max_rows, window)
     return factory(
         schedule(hyperparams["lr"]),

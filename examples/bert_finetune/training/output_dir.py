@@ -24,12 +24,12 @@ _RESULTS = (
 
 @contextlib.contextmanager
 def locked(args: Arguments) -> Iterator[Path]:
-    """Makes the output directory and keeps other runs out of it.
+    """Creates the output directory and locks it against other runs.
 
-    The first process of a run does that for the others, which find the same mistakes.
+    The first process does this for all; the others only check the contents.
 
-    Raises a UserError if it cannot be written, another run is using it, or training
-    would mix with its contents.
+    Raises a UserError if the directory cannot be written, is in use by another run, or
+    has contents that training would mix with.
     """
     directory = Path(args.output_dir)
     if jax.process_index() > 0:
@@ -48,7 +48,7 @@ def locked(args: Arguments) -> Iterator[Path]:
     if args.do_train:
         _check_contents(args, directory)
     try:
-        # The system releases it when the process ends, however that happens.
+        # The system releases the lock however the process ends.
         lock = filelock.FileLock(directory / _LOCK).acquire(blocking=False)
     except filelock.Timeout as error:
         raise UserError(
@@ -74,18 +74,18 @@ def _check_contents(args: Arguments, directory: Path) -> None:
     if args.overwrite_output_dir or is_of_here:
         return
     contents = {path.name for path in directory.iterdir()} - {_LOCK}
-    # A run that was killed before its first checkpoint has left nothing to lose.
+    # A run killed before its first checkpoint has left nothing to lose.
     began_only = ARGUMENTS_FILE in contents and "model.safetensors" not in contents
     resumes = wanted is None and any(step_of(Path(name)) for name in contents)
     if contents and not resumes and not began_only:
         raise UserError(
             f"--output_dir {directory} is not empty: give another one, or "
-            "--overwrite_output_dir to train into it."
+            "--overwrite_output_dir to train in it."
         )
 
 
 def begin(args: Arguments, directory: Path) -> None:
-    """Removes the results of earlier runs, and writes down the flags of this one."""
+    """Removes the results of earlier runs and writes the flags of this one."""
     if jax.process_index() > 0:
         return
     for name in _RESULTS:

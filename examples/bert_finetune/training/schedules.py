@@ -1,4 +1,4 @@
-"""Schedules of the learning rate."""
+"""Learning rate schedules."""
 
 import math
 
@@ -8,10 +8,10 @@ from bert_finetune.arguments import Arguments
 
 
 def make_schedule(args: Arguments, peak: float, num_steps: int) -> optax.Schedule:
-    """Returns a linear warm-up, if there is one, then what `--lr_scheduler_type` says.
+    """Returns the schedule of `--lr_scheduler_type`, after an optional linear warm-up.
 
-    Linear and cosine schedules reach zero after ``num_steps``, warm-up included. A
-    warm-up of more than that stops short of the peak.
+    Linear and cosine schedules reach zero after ``num_steps``, including the warm-up.
+    A longer warm-up stops short of the peak.
     """
     num_warmup = args.warmup_steps or math.ceil(num_steps * args.warmup_ratio)
     num_decay = max(1, num_steps - num_warmup)

@@ -1,4 +1,4 @@
-"""Signals that ask a training run to stop after its current step."""
+"""Catches the signals that ask a training run to stop after its current step."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# From a step to the signal to stop after it, or None.
+# Maps a step to the signal that asks to stop after it, or None.
 _StopSignal = Callable[[int], int | None]
 
 
 def caught() -> contextlib.AbstractContextManager[_StopSignal]:
-    """Catches the signals, and yields the function that tells of them at each step."""
+    """Catches the signals; yields a function that reports them after each step."""
     return _caught_by_all() if jax.process_count() > 1 else _caught()
 
 
@@ -43,9 +43,9 @@ def _caught() -> Iterator[_StopSignal]:
 
 @contextlib.contextmanager
 def _caught_by_all() -> Iterator[_StopSignal]:
-    """Catches them for several processes, which all stop after the same step.
+    """Catches the signals in several processes, which stop after the same step.
 
-    JAX handles SIGTERM itself and tells the other processes; SIGINT becomes one.
+    JAX handles SIGTERM and notifies the other processes; SIGINT becomes a SIGTERM.
     """
 
     def receive(*_: Any) -> None:

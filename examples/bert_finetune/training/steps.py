@@ -18,17 +18,17 @@ from bert_finetune.model import bert
 from bert_finetune.training import devices
 from bert_finetune.training.losses import LossFn
 
-# Steps that may be dispatched before the first of them has to be finished.
+# Maximum number of dispatched but unfinished steps.
 _MAX_STEPS_IN_FLIGHT = 16
 
 
 class TrainState(NamedTuple):
-    """All that a training step changes."""
+    """Everything a training step changes."""
 
     step: jax.Array  # int32 scalar, steps taken.
     params: bert.Params
     opt_state: optax.OptState
-    dropout_key: jax.Array  # Of the run; each step folds its number into it.
+    dropout_key: jax.Array  # Of the run; each step folds in its index.
 
 
 def init_state(
@@ -57,9 +57,9 @@ def _initial_state(params, optimizer, seed):
 def state_shapes(
     params: bert.Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the shapes of the state with their shardings: M-FAC's window is split.
+    """Returns the shapes of the state with their shardings.
 
-    All else is on every device.
+    M-FAC's window is split over the devices; everything else is replicated.
     """
     shapes = jax.eval_shape(lambda x: _initial_state(x, optimizer, 0), params)
     shardings = jax.tree.map(lambda _: devices.sharding(), shapes)._replace(
@@ -85,12 +85,12 @@ def make_train_step(
 ) -> Any:
     """Returns the jitted step ``(state, batch) -> (state, metrics)``; state is donated.
 
-    ``metrics`` are scalars on the device: loss, what the loss function adds, M-FAC's
-    diagnostics, and the learning rate if ``schedule`` is given. The model sees the
-    batch in ``accumulation_steps`` equal parts, one after the other, each over all
-    devices; loss and gradient are means over all examples. (`optax.MultiSteps` would
-    hold a second optimizer state.) ``shardings`` are those of the state, which on
-    several devices stays where it is.
+    ``metrics`` are scalars on the device: the loss, further metrics of ``loss_fn``,
+    M-FAC's diagnostics, and the learning rate if ``schedule`` is given. The model
+    processes the batch in ``accumulation_steps`` equal parts, one after the other, each
+    over all devices; loss and gradient are means over all examples. (`optax.MultiSteps`
+    would hold a second optimizer state.) ``shardings`` keep the state in place on
+    several devices.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     of_parts = devices.sharding(None, devices.AXIS)
@@ -134,7 +134,7 @@ def compile_ahead(
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the step, compiled in parallel for the lengths of these batches.
 
-    It compiles other lengths when they come, and splits batches over the devices.
+    Other lengths are compiled on first use. Batches are split over the devices.
     ``state`` may be shapes.
     """
     by_length = {batch["input_ids"].shape[1]: batch for batch in batches}
@@ -142,7 +142,7 @@ def compile_ahead(
         train_step.lower(state, devices.put(batch, devices.AXIS))
         for batch in by_length.values()
     ]
-    # XLA compiles without holding Python's lock.
+    # XLA releases the GIL while it compiles.
     with ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda step: step.compile(), lowered)
         steps = dict(zip(by_length, compiled, strict=True))
@@ -152,7 +152,7 @@ def compile_ahead(
 
 
 class Diverged(UserError):
-    """Reports that training has led to numbers that are not finite."""
+    """Reports that training led to non-finite values."""
 
     def __init__(self, what: str):
         super().__init__(
@@ -177,7 +177,7 @@ class MetricsQueue:
     """Passes the metrics of each step to ``on_metrics`` once the device has them.
 
     The host runs a few steps ahead of the device and never waits for the current one.
-    A loss that is not finite raises Diverged.
+    A non-finite loss raises Diverged.
     """
 
     def __init__(self, on_metrics: Callable[[int, dict[str, float]], None]):

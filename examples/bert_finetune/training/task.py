@@ -1,4 +1,4 @@
-"""What a training run has to know of its task."""
+"""The interface between the training loop and a task."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,9 +15,9 @@ from bert_finetune.training.losses import LossFn
 
 
 class Task(Protocol):
-    """The flags, the model to start from, its data, and what to do with them.
+    """The flags, the initial model and the data of a task, and what to do with them.
 
-    ``evaluate`` returns results under names with ``eval_``; ``predict`` writes files.
+    ``evaluate`` returns results prefixed with ``eval_``; ``predict`` writes files.
     """
 
     @property
@@ -33,7 +33,7 @@ class Task(Protocol):
 
 
 def check_flags(args: Arguments, model: Pretrained, results: Sequence[str]) -> None:
-    """Checks the flags that depend on the model, and on the names of its results."""
+    """Validates the flags that depend on the model or on the names of its metrics."""
     best, length = args.metric_for_best_model, args.max_seq_length
     if best.removeprefix("eval_") not in results:
         known = f"one of {', '.join(results)}"
@@ -51,12 +51,12 @@ def padded_lengths(args: Arguments) -> list[int]:
 
 
 def eval_batch_size(args: Arguments) -> int:
-    """Returns the examples of a batch over all devices."""
+    """Returns the evaluation batch size over all devices."""
     return args.per_device_eval_batch_size * devices.count()
 
 
 def speed(seconds: float, num_examples: int, batch_size: int) -> dict[str, float]:
-    """Returns what Hugging Face's scripts report of the time of an evaluation."""
+    """Returns the evaluation times under the names of Hugging Face's scripts."""
     return {
         "samples": num_examples,
         "runtime": seconds,
