@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All that is to be measured on a GPU, in one command of 8 minutes, without a network.
+# Runs all GPU measurements in one command of 8 minutes; needs no network.
 #
 #     benchmarks/gpu.sh RESULTS MODEL DATA [REFERENCE]
 #
-# RESULTS is where logs and JSON go, MODEL a checkpoint of BERT-tiny's shape, DATA a
-# directory with qqp/train-*.parquet, REFERENCE a clone of the authors' code, which
-# needs torch. The most important comes first; each has a limit, in seconds, and has
-# written by then what it has found. What has ended well is in NAME.log and is not done
-# again; what has not is in NAME.unfinished.log. SMALL=1 tries it all in tiny shapes, on
-# a CPU too.
+# RESULTS receives logs and tables (JSON Lines), MODEL is a checkpoint of BERT-tiny's
+# shape, DATA a directory with qqp/train-*.parquet, REFERENCE a clone of the authors'
+# code, which needs torch. The most important measurements come first. Each has a time
+# limit in seconds and writes its results as it goes. NAME.log marks a finished
+# measurement, which is skipped in the next call; NAME.unfinished.log an unfinished one.
+# SMALL=1 runs everything in tiny shapes, also on a CPU.
 set -uo pipefail
 if [ $# -lt 3 ]; then
   echo "usage: benchmarks/gpu.sh RESULTS MODEL DATA [REFERENCE]" >&2
@@ -25,7 +25,7 @@ export PYTHONPATH=$PWD:$PWD/examples:$cache/kernels${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$cache/xla}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
-# Programs run side by side.
+# Several programs share the GPU.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 total=480
 unfinished=()
@@ -49,8 +49,8 @@ measure() {
   fi
 }
 
-# Meanwhile, on other cores: QQP is tokenized, and the authors' kernels are built. Newer
-# versions of torch have other names for what they call.
+# Runs in the background: tokenizes QQP and builds the authors' kernels, adapted to the
+# names in newer versions of torch.
 prepare() {
   local script='import sys, padded_lengths
 padded_lengths.make_run(*sys.argv[1:], ["--max_steps", "1"])'
@@ -92,34 +92,34 @@ mfac=('MFAC={"num_grads": 1024, "damp": 1e-6}' 'MFAC={"num_grads": 256, "damp": 
 [ -z "$small" ] || mfac=('MFAC={"num_grads": 4}')
 qqp=(--model_name_or_path "$model" --dataset_name "$data" "${turns[@]}")
 
-# A version of JAX that warns where this one does not is no failure of the numbers.
+# A new warning in another version of JAX must not fail the numerical tests.
 measure tests 120 "$python" -m pytest "${tests[@]}" "${of_tests[@]}" -v -W default
 measure step_time 120 "$python" benchmarks/step_time.py "${step[@]}" \
-  --cases "${large[@]}" --output "$results/step_time.json"
+  --cases "${large[@]}" --output "$results/step_time.jsonl"
 wait "$preparing"
 if [ -n "$reference" ]; then
   measure published_code 60 "$python" benchmarks/published_code.py "${step[@]}" \
-    --reference "$reference" --output "$results/published_code.json"
+    --reference "$reference" --output "$results/published_code.jsonl"
 fi
 measure train_throughput 100 "$python" benchmarks/train_throughput.py "${qqp[@]}" \
-  --padding short --optims "${mfac[@]}" --output "$results/train_throughput.json"
+  --padding short --optims "${mfac[@]}" --output "$results/train_throughput.jsonl"
 if "$python" -c "import torch" 2>/dev/null; then
   measure pytorch_step 60 "$python" benchmarks/pytorch_step.py "${qqp[@]}" \
-    --output "$results/pytorch_step.json"
+    --output "$results/pytorch_step.jsonl"
 else
-  echo "There is no torch: PyTorch's step is not measured."
+  echo "Skipping pytorch_step: torch is not installed."
 fi
 if [ -n "$reference" ]; then
   measure crosscheck 40 "$python" examples/crosscheck_pytorch.py --reference "$reference"
 fi
-# Where the time of an update goes; its programs have been compiled above.
+# A profile of the updates compiled above.
 measure traces 60 "$python" benchmarks/step_time.py "${step[@]}" --repeats 2 \
   --cases "${large[@]}" --traces "$results/traces"
 measure kernels 20 "$python" benchmarks/kernels.py "${kernels[@]}" "$results"/traces/*.pb
 measure solve_time 30 "$python" benchmarks/solve_time.py "${of_solve[@]}" \
-  --output "$results/solve_time.json"
+  --output "$results/solve_time.jsonl"
 echo
-echo "$SECONDS s in all; the results are in $1."
+echo "Finished after $SECONDS s; the results are in $1."
 if [ ${#unfinished[@]} -gt 0 ]; then
   echo "not finished: ${unfinished[*]}" >&2
   exit 1

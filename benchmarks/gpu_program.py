@@ -1,19 +1,18 @@
-"""The update as XLA compiles it for an NVIDIA H100: kernels, passes, temporaries.
+"""Compiles the update for an NVIDIA H100 and counts kernels, reads and temporaries.
 
     pip install --no-deps jax-cuda13-pjrt==0.10.2 jax-cuda13-plugin==0.10.2
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/gpu_program.py
 
-Nothing is run and no GPU is needed, only the compiler in these packages, which must
-have the version of jaxlib. `kernels` are those of an update but for the two branches of
-the solve. `reads` is how often the program reads a byte of the window, on average: a
-step needs two reads. `temporaries` next to the window show that it is written in place.
-With `--devices 8` the window is split over eight H100 of a machine: all is for one of
-them, and `travels` are the bytes of the operands of all collectives, as a multiple of
-the gradient's. Prints a table, and with `--output` writes it as JSON.
+Needs no GPU and runs nothing: these packages contain the compiler. Their version must
+be the version of jaxlib. `kernels` counts the kernels of an update, without the two
+branches of the solve. `reads` is the mean number of times the program reads a byte of
+the window; a step needs two. Small `temporaries` show that the window is updated in
+place. `--devices 8` splits the window over eight H100s of a machine and reports one of
+them; `travels` is the size of the operands of all collectives relative to the gradient.
+Prints a table; `--output` appends each row to a file.
 """
 
 import argparse
-import json
 import math
 import re
 from pathlib import Path
@@ -23,11 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from step_time import CASES, Case, environment
+from step_time import CASES, Case
+from tables import append_row
 
 import mfac_jax
 
-# What the compiler has to know of the device; XLA's own record of it has these fields.
+# Target description for the compiler, with the fields of XLA's own record of an H100.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
@@ -48,7 +48,7 @@ ITEM_BITS = {"f32": 32, "bf16": 16, "f16": 16, "s8": 8, "u8": 8, "u16": 16, "u32
 
 
 class Instruction(NamedTuple):
-    """One line of a program in HLO, XLA's intermediate language."""
+    """A line of a program in HLO, XLA's intermediate language."""
 
     name: str
     dtype: str
@@ -60,7 +60,7 @@ class Instruction(NamedTuple):
 
 
 def computations(program: str) -> dict[str, list[Instruction]]:
-    """Returns the instructions of every computation; the program's own is ENTRY."""
+    """Returns the instructions of each computation; the program's entry is ENTRY."""
     found: dict[str, list[Instruction]] = {}
     instructions: list[Instruction] = []
     line_pattern = re.compile(
@@ -83,7 +83,7 @@ def computations(program: str) -> dict[str, list[Instruction]]:
 def num_reads(
     program: dict[str, list[Instruction]], computation: str, name: str
 ) -> int:
-    """Returns how often all of an array is read."""
+    """Counts the reads of an entire array."""
     reads = 0
     for step in program[computation]:
         if name not in step.operands:
@@ -98,21 +98,21 @@ def num_reads(
                 for x in program[called]
                 if x.operation == "parameter" and x.operands == position
             )
-            # What a kernel needs twice it has in its registers.
+            # A kernel that uses an element twice keeps it in registers.
             reads += min(1, num_reads(program, called, inside))
         elif step.operation == "tuple" and step.is_result:
             continue
         elif step.operation not in ("dynamic-slice", "dynamic-update-slice"):
-            reads += 1  # These two see one row.
+            reads += 1  # The exceptions access one row.
     return reads
 
 
 def reads_of_window(program: dict[str, list[Instruction]]) -> float:
-    """Returns the bytes read of the window, in units of its bytes."""
+    """Returns the bytes of the window that are read, relative to its size."""
     total = read = 0
     for step in program["ENTRY"]:
         is_window = 'op_name="state.window' in step.rest
-        # Counters have no shape.
+        # Counters are scalars, with an empty shape.
         if step.operation == "parameter" and is_window and step.shape:
             size = math.prod(map(int, step.shape.split(",")))
             total += size * ITEM_BITS[step.dtype]
@@ -141,7 +141,7 @@ def bytes_travelling(program: dict[str, list[Instruction]]) -> int:
 
 
 def measure(case: Case, devices: Any) -> dict[str, float]:
-    """Compiles the donated update of a case, with the window split over devices."""
+    """Compiles the donated update of a case with its window split over devices."""
     mesh = Mesh(devices, ("data",))
     optimizer = mfac_jax.scale_by_mfac(
         case.num_grads, window=case.window, window_axis="data"
@@ -179,13 +179,13 @@ def measure(case: Case, devices: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the table, a row when it is compiled."""
+    """Prints each row of the table as soon as it is compiled."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     args = parser.parse_args()
     topology = topologies.get_topology_desc(
         platform="cuda",
@@ -195,19 +195,16 @@ def main() -> None:
     )
     print("| window | m | MB | kernels | reads | temporaries | travels |")
     print("| --- |" + " ---: |" * 6)
-    results = {}
     for name in args.cases:
-        found = results[name] = measure(CASES[name], topology.devices)
+        found = measure(CASES[name], topology.devices)
         print(
             f"| {name} | {found['num_grads']} | {found['window_mb']:,.0f} | "
             f"{found['kernels']} | {found['reads']:.2f} | "
             f"{found['temporaries_mb']:.0f} MB | {found['travels']:.3f} |",
             flush=True,
         )
-    if args.output is not None:
-        compiled_for = f"{args.devices} × NVIDIA H100"
-        content = {**environment(), "compiled_for": compiled_for, "results": results}
-        args.output.write_text(json.dumps(content, indent=2) + "\n")
+        row = {"window": name, "devices": args.devices, **found}
+        append_row(args.output, {**row, "compiled_for": "NVIDIA H100"})
 
 
 if __name__ == "__main__":

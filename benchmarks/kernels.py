@@ -1,11 +1,11 @@
-"""What a device does in an update, from traces that `step_time.py` has recorded.
+"""Summarizes the device's work per update in traces of `step_time.py`.
 
     python benchmarks/step_time.py --traces traces/
     python benchmarks/kernels.py traces/*.pb
 
-Per update: launches, copies to the host (each a wait of it for the device), the time in
-which anything runs, the time from the first to the last, and the kernels that take
-longest. A trace of a CPU has the operations of XLA in place of kernels.
+Prints, per update, the launches, the copies to the host (each a synchronization), the
+time in which the device is busy, the time from first to last kernel, and the longest
+kernels. Traces of a CPU have XLA operations instead of kernels.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 
 NUM_TRACED = 3
-# Lines of a trace on which work of the device stands: streams, or XLA's threads.
+# Lines of a trace with the device's work: streams, or XLA's threads.
 LINES = {
     "gpu": ("/device:GPU", "Stream"),
     "cpu": ("/host:CPU", "tf_XLAPjRtCpuClient"),
@@ -28,7 +28,7 @@ NOT_WORK = ("ThreadpoolListener", "ThunkExecutor", "end: ")
 
 
 class Event(NamedTuple):
-    """A kernel, a copy or an operation as it ran, in nanoseconds."""
+    """An executed kernel, copy or operation; times in nanoseconds."""
 
     name: str
     start: float
@@ -37,7 +37,7 @@ class Event(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(path: Path) -> Iterator[None]:
-    """Writes to a file what JAX's profiler sees, ``NUM_TRACED`` updates."""
+    """Records ``NUM_TRACED`` updates with JAX's profiler and writes the trace."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as directory:
@@ -49,7 +49,7 @@ def recorded(path: Path) -> Iterator[None]:
 
 
 def read_events(path: Path) -> list[Event]:
-    """Returns what ran on the device, in the order of its start."""
+    """Returns the events of the device, ordered by start."""
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     has_gpu = any(plane.name.startswith("/device:GPU") for plane in planes)
     device, lines = LINES["gpu" if has_gpu else "cpu"]
@@ -66,7 +66,7 @@ def read_events(path: Path) -> list[Event]:
 
 
 def busy_time(events: list[Event]) -> float:
-    """Returns the nanoseconds in which at least one of the events runs."""
+    """Returns the nanoseconds in which at least one event runs."""
     busy, end = 0.0, 0.0
     for event in events:
         busy += max(0.0, event.start + event.duration - max(end, event.start))
@@ -75,7 +75,7 @@ def busy_time(events: list[Event]) -> float:
 
 
 def main() -> None:
-    """Prints a paragraph and a table for each trace."""
+    """Prints a summary and a table for each trace."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,7 +85,7 @@ def main() -> None:
     for path in args.traces:
         events = read_events(path)
         if not events:
-            parser.error(f"{path} holds no work of a device")
+            parser.error(f"{path} has no events of a device")
         span = max(e.start + e.duration for e in events) - events[0].start
         copies = sum("DtoH" in e.name or "D2H" in e.name for e in events)
         print(

@@ -1,16 +1,15 @@
-"""Memory of an optimizer: what its state holds, and what an update needs beside it.
+"""Measures the memory of an optimizer's state and of an update.
 
     python benchmarks/memory.py
 
-`temporaries` are those of the compiled, donated update, by XLA's own account. `peak` is
-measured: how far the memory of a process that initialises the state and takes three
-updates rises above what it held before, on a CPU by the resident set, on a GPU by the
-allocator, whose peak may be that of the compilation. Each row has a process of its own.
-Prints a table, and with `--output` writes it as JSON.
+`temporaries` are the temporary buffers of the compiled, donated update, as XLA reports
+them. `peak` is measured: how far the memory of a process rises while it initializes the
+state and takes three updates. On a CPU this is the resident set, on a GPU the peak of
+the allocator, which includes compilation. Each row runs in a process of its own. Prints
+a table; `--output` appends each row to a file.
 """
 
 import argparse
-import json
 import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from step_time import CASES, LARGE, environment, random_gradient
+from step_time import CASES, LARGE, random_gradient
+from tables import append_row
 
 import mfac_jax
 
@@ -29,7 +29,7 @@ ROWS_BY_DEFAULT = [name for name in ROWS if name not in LARGE]
 
 
 def held_bytes() -> tuple[int, int]:
-    """Returns the memory that this process holds, and the most that it has held."""
+    """Returns current and peak memory of this process."""
     statistics = jax.devices()[0].memory_stats()
     if statistics is not None:
         return statistics["bytes_in_use"], statistics["peak_bytes_in_use"]
@@ -42,7 +42,7 @@ def held_bytes() -> tuple[int, int]:
 
 
 def forget_peak() -> None:
-    """Lets a CPU's peak begin anew, at what is held now."""
+    """Resets the peak of the resident set to its current size."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -75,34 +75,27 @@ def measure(name: str) -> dict[str, Any]:
         "state_mb": sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6,
         "temporaries_mb": analysis.temp_size_in_bytes / 1e6,
         "peak_mb": peak / 1e6,
-        "environment": environment(),
     }
 
 
 def main() -> None:
-    """Prints the table, a row when it is measured."""
+    """Prints each row of the table as soon as it is measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=ROWS, default=ROWS_BY_DEFAULT)
-    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     args = parser.parse_args()
     print("| optimizer | state | temporaries | peak |")
     print("| --- | ---: | ---: | ---: |")
-    results, content = {}, {}
     for name in args.cases:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            results[name] = pool.submit(measure, name).result()
-        content = results[name].pop("environment")
-        columns = (
-            f"{results[name][c]:,.0f} MB" for c in ("state_mb", "temporaries_mb")
-        )
-        print(
-            f"| {name} | {' | '.join(columns)} | {results[name]['peak_mb']:,.0f} MB |"
-        )
-    if args.output is not None:
-        content = {**content, "results": results}
-        args.output.write_text(json.dumps(content, indent=2) + "\n")
+            found = pool.submit(measure, name).result()
+            # In the same process, since this one must not start JAX's backend.
+            pool.submit(append_row, args.output, {"optimizer": name, **found}).result()
+        names = ("state_mb", "temporaries_mb", "peak_mb")
+        columns = (f"{found[name]:,.0f} MB" for name in names)
+        print(f"| {name} | {' | '.join(columns)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-r"""Training steps with short batches padded shortly, against all padded to the end.
+r"""Compares training with batches padded to their own length and to the maximum.
 
     python benchmarks/padded_lengths.py \
         --model_name_or_path prajjwal1/bert-tiny
 
-Takes the same steps of QQP (batch 32, length 128, AdamW) both ways by turns, in one
-process, from batches that are made on a thread as in training, and once more without
-dropout to compare the losses. Compilation is not counted.
+Takes the same steps of QQP (batch 32, length 128, AdamW) both ways, alternately in one
+process, and once more without dropout to compare the losses. Batches are prepared on a
+thread as in training. Compilation is excluded. Prints a JSON object; `--output` appends
+it to a file.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,13 +26,13 @@ from bert_finetune.glue.task import Classification
 from bert_finetune.model import bert
 from bert_finetune.training import loop, losses, optimizers, steps
 from bert_finetune.training.memory import nbytes
-from step_time import environment
+from tables import append_row
 
 STEPS_PER_TURN = 100
 
 
 def make_run(model: str, dataset: str, flags: Sequence[str]) -> loop.Run:
-    """Prepares a run of the trainer, as its scripts do."""
+    """Prepares a run in the same way as the trainer's scripts."""
     cli.set_up_jax()
     args = parse_arguments(
         GlueArguments,
@@ -47,10 +49,10 @@ class Steps:
     """Takes the steps of a run a few at a time.
 
     Attributes:
-      seconds: spent in steps.
-      ready_seconds: likewise, in steps whose batches were on the device before.
-      losses: of the steps.
-      optimizer_state_bytes: what the optimizer holds.
+      seconds: Time of all steps of `take`.
+      ready_seconds: Time of all steps of `take_ready`.
+      losses: Loss of each step of `take`.
+      optimizer_state_bytes: Size of the optimizer's state.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Steps:
         self.losses: list[float] = []
 
     def take(self, num_steps: int) -> float:
-        """Takes steps as the trainer does, waits for the last; returns the seconds."""
+        """Takes steps like the trainer; returns the seconds until the last is done."""
         started = time.perf_counter()
         queue = steps.MetricsQueue(
             lambda step, metrics: self.losses.append(metrics["loss"])
@@ -90,7 +92,7 @@ class Steps:
         return seconds
 
     def take_ready(self, num_steps: int) -> None:
-        """Takes steps with nothing for the host to do but to dispatch them."""
+        """Takes steps whose batches are already on the device."""
         batches = jax.device_put(list(itertools.islice(self._batches, num_steps)))
         jax.block_until_ready(batches)
         started = time.perf_counter()
@@ -101,11 +103,14 @@ class Steps:
 
 
 def main() -> None:
-    """Prints one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints the result and appends it to the output."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--dataset_name", default="nyu-mll/glue")
     parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     given = parser.parse_args()
     num_steps = given.turns * STEPS_PER_TURN
     source = given.model_name_or_path, given.dataset_name
@@ -118,7 +123,7 @@ def main() -> None:
         for taking in rivals.values():
             taking.take(STEPS_PER_TURN)
     rates = {name: num_steps / taking.seconds for name, taking in rivals.items()}
-    # The masks of dropout depend on the length.
+    # Without dropout, whose masks depend on the length.
     found = {}
     for name, run in runs.items():
         config = run.task.model.config
@@ -142,9 +147,9 @@ def main() -> None:
         "largest_difference_of_losses": float(
             np.max(np.abs(found["short"] - found["fixed"]))
         ),
-        **environment(),
     }
     print(json.dumps(result, indent=2))
+    append_row(given.output, result)
 
 
 if __name__ == "__main__":

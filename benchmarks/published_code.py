@@ -1,17 +1,17 @@
-r"""Time of an update of the authors' PyTorch optimizer and of ours, in one process.
+r"""Compares the time of an update with the authors' PyTorch optimizer.
 
     git clone https://github.com/IST-DASLab/M-FAC
     pip install torch
     python benchmarks/published_code.py --reference M-FAC
 
-Both get the same number of gradients of BERT-tiny's shapes, on the same device: a GPU
-where both have one. Their matrix kernels in CUDA are used if they are installed. On a
-CPU a substitute eliminates for theirs what PyTorch does on GPUs alone, so that ratios
-count on a GPU only. Prints a table, and with `--output` writes it as JSON.
+Both run in one process and get the same number of gradients of BERT-tiny's shapes, on
+the same device: a GPU if both find one. The authors' CUDA kernels are used if they are
+installed. Ratios are meaningful on a GPU only: on a CPU, a substitute replaces an
+elimination that PyTorch implements for GPUs alone. Prints a table; `--output` appends
+each row to a file.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -19,14 +19,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Both programs have to fit on the device.
+# Both frameworks must fit on the device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
 from bert_finetune.cli import run_script
 from crosscheck_pytorch import published_code
-from step_time import BERT_TINY, SMALL_SHAPES, TOUCHED, environment, random_gradient
+from step_time import BERT_TINY, SMALL_SHAPES, TOUCHED, random_gradient
+from tables import append_row
 
 import mfac_jax
 
@@ -39,14 +40,14 @@ WINDOWS = {
 
 
 def best_step(step: Callable[[jax.Array], float], repeats: int) -> float:
-    """Returns the seconds of the fastest step, each with a gradient of its own."""
+    """Returns the seconds of the fastest step; each gets a different gradient."""
     return min([step(jax.random.key(i)) for i in range(repeats + 2)][2:])
 
 
 def our_step(
     shapes: Shapes, window: Any, num_grads: int
 ) -> Callable[[jax.Array], float]:
-    """Returns a function from a key to the seconds of an update."""
+    """Returns a function that times an update with the gradient of a key."""
     optimizer = mfac_jax.scale_by_mfac(num_grads, window=window)
     update = jax.jit(optimizer.update, donate_argnums=1)
     params = {name: jnp.zeros(shape) for name, shape in shapes}
@@ -65,7 +66,7 @@ def our_step(
 def their_step(
     module: ModuleType, shapes: Shapes, num_grads: int
 ) -> Callable[[jax.Array], float]:
-    """Returns the same for the authors' optimizer."""
+    """Returns such a function for the authors' optimizer."""
     torch = module.torch
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda:0" if on_gpu else "cpu")
@@ -99,8 +100,8 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, metavar="DIR")
     parser.add_argument("--num_grads", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--small", action="store_true", help="Tiny shapes: a trial.")
-    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    parser.add_argument("--small", action="store_true", help="Tiny shapes, as a test.")
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     args = parser.parse_args()
     shapes = tuple((SMALL_SHAPES if args.small else BERT_TINY).items())
     with published_code(args.reference) as module:
@@ -118,15 +119,14 @@ def main() -> None:
     print("| optimizer | ms | times faster |\n| --- | ---: | ---: |")
     for name, ms in milliseconds.items():
         print(f"| {name} | {ms:.1f} | {theirs / ms:.1f} |")
-    if args.output is not None:
-        content = {
-            **environment(),
-            "torch": torch.__version__,
-            "their_cuda_kernels": has_kernels,
+        row = {
+            "optimizer": name,
             "num_grads": args.num_grads,
-            "update_ms": milliseconds,
+            "update_ms": ms,
+            "their_cuda_kernels": has_kernels,
+            "torch": torch.__version__,
         }
-        args.output.write_text(json.dumps(content, indent=2) + "\n")
+        append_row(args.output, row)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-r"""The same training with the authors' PyTorch optimizer and with ours.
+r"""Trains with the authors' PyTorch optimizer and with ours on the same batches.
 
     git clone https://github.com/IST-DASLab/M-FAC
     pip install torch
     python benchmarks/published_training.py --reference M-FAC \
         --model_name_or_path prajjwal1/bert-tiny
 
-Fine-tunes on MRPC three times from the same weights, on the same batches with the same
-dropout masks: directions from the authors' code, from mfac_jax, and from mfac_jax with
-parameters that were moved by a rounding error before the first step, which says how far
-apart such runs get by themselves. Prints the mean training loss of each epoch.
+Fine-tunes on MRPC three times from the same weights, with the same batches and dropout
+masks: with the authors' code, with mfac_jax, and with mfac_jax from parameters that are
+off by a rounding error. The third run shows how far rounding alone drives two runs
+apart. Prints the mean training loss of each epoch.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from crosscheck_pytorch import published_code
 from jax.experimental import io_callback
 from jax.flatten_util import ravel_pytree
 from padded_lengths import Steps, make_run
-from step_time import environment
+from tables import append_row
 
 
 def scale_by_published_mfac(
     module: ModuleType, num_grads: int, damp: float
 ) -> optax.GradientTransformation:
-    """Wraps the authors' code; its window is outside of the state, for one run."""
+    """Wraps the authors' code; holds its window outside the state, for one run."""
     torch = module.torch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     window = None
@@ -55,7 +55,7 @@ def scale_by_published_mfac(
 
 
 def losses_of(run: loop.Run, params: bert.Params | None = None) -> np.ndarray:
-    """Trains, from other parameters if given; returns the mean loss of each epoch."""
+    """Trains, from `params` if given; returns the mean loss of each epoch."""
     steps = Steps(run, params=params)
     steps.take(run.train_data.num_steps)
     epochs = np.array_split(steps.losses, round(run.task.args.num_train_epochs))
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--damp", type=float, default=1e-6)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--num_train_epochs", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     args = parser.parse_args()
     optim_args = {"num_grads": args.num_grads, "damp": args.damp}
     run = make_run(
@@ -108,15 +108,14 @@ def main() -> None:
     )
     for name, values in losses.items():
         print(f"| {name} | " + " | ".join(f"{value:.5f}" for value in values) + " |")
-    if args.output is not None:
-        content = {
-            **environment(),
-            "torch": module.torch.__version__,
+        row = {
+            "optimizer": name,
+            "losses": values.tolist(),
             **optim_args,
             "learning_rate": args.learning_rate,
-            "losses": {name: values.tolist() for name, values in losses.items()},
+            "torch": module.torch.__version__,
         }
-        args.output.write_text(json.dumps(content, indent=2) + "\n")
+        append_row(args.output, row)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-r"""Steps per second of this trainer and of PyTorch with transformers, by turns.
+r"""Compares steps per second of this trainer and of PyTorch with transformers.
 
     pip install torch
     python benchmarks/pytorch_step.py \
         --model_name_or_path prajjwal1/bert-tiny
 
-The same batches of QQP (32 pairs, at most 128 tokens) with AdamW, dropout and clipping,
-in one process, on the same device and number of threads. The batches of `short` are
-padded by this trainer to the smallest of a few lengths, for PyTorch to the longest
-example; those of `128` all to 128. Both take batches that are made on a thread.
-Compilation is not counted.
+Both alternate in one process and take the same batches of QQP (32 pairs, at most 128
+tokens) with AdamW, dropout and clipping, on the same device with the same number of
+threads. With `short`, this trainer pads to the smallest of a few lengths and PyTorch to
+the longest example; with `128`, both pad to 128. Batches are prepared on a thread.
+Compilation is excluded.
 """
 
 import argparse
 import importlib
 import itertools
-import json
 import os
 import statistics
 import time
@@ -22,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Both programs have to fit on the device.
+# Both frameworks must fit on the device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from bert_finetune import hub
@@ -31,13 +30,13 @@ from bert_finetune.data.batches import prefetch, train_batches
 from bert_finetune.errors import UserError
 from bert_finetune.training import loop
 from padded_lengths import Steps, make_run
-from step_time import environment
+from tables import append_row
 
 PADDING = {"short": [], "128": ["--pad_to_max_length"]}
 
 
 class TorchSteps:
-    """Takes the steps of a run as a plain loop in PyTorch does."""
+    """Takes the steps of a run in a plain PyTorch loop."""
 
     def __init__(self, torch: Any, run: loop.Run):
         transformers = importlib.import_module("transformers")
@@ -66,7 +65,7 @@ class TorchSteps:
             }
 
     def take(self, num_steps: int) -> float:
-        """Takes steps and waits for the last; returns the seconds."""
+        """Takes steps; returns the seconds until the last one is done."""
         started = time.perf_counter()
         for batch in itertools.islice(self._batches, num_steps):
             batch = {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
@@ -80,7 +79,7 @@ class TorchSteps:
 
 
 def main() -> None:
-    """Prints a table, by padding."""
+    """Prints a row per padding."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,14 +87,13 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="nyu-mll/glue")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--steps_per_turn", type=int, default=40)
-    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     args = parser.parse_args()
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
         raise UserError("this comparison needs torch: pip install torch.") from error
     print("| padded to | this trainer | PyTorch | ratio |\n| --- |" + " ---: |" * 3)
-    results = {}
     num_steps = (args.turns + 1) * args.steps_per_turn
     for padding, flags in PADDING.items():
         run = make_run(
@@ -111,7 +109,7 @@ def main() -> None:
         for _ in range(args.turns + 1):
             for name, rival in rivals.items():
                 seconds[name].append(rival.take(args.steps_per_turn))
-        # The first turn warms up.
+        # Without the first turn, a warm-up.
         rates = {
             name: args.steps_per_turn / statistics.median(times[1:])
             for name, times in seconds.items()
@@ -121,16 +119,15 @@ def main() -> None:
             f"| {padding} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f} |",
             flush=True,
         )
-        results[padding] = {"steps_per_second": rates, "ratio": ours / theirs}
-        if args.output is not None:
-            content = {
-                **environment(),
-                "torch": torch.__version__,
-                "transformers": importlib.import_module("transformers").__version__,
-                "threads": torch.get_num_threads(),
-                "results": results,
-            }
-            args.output.write_text(json.dumps(content, indent=2) + "\n")
+        row = {
+            "padded_to": padding,
+            "steps_per_second": rates,
+            "ratio": ours / theirs,
+            "torch": torch.__version__,
+            "transformers": importlib.import_module("transformers").__version__,
+            "threads": torch.get_num_threads(),
+        }
+        append_row(args.output, row)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The published experiment on QQP in pieces, each a whole run: one optimizer, one seed.
+# Runs the published experiment on QQP, one optimizer and one seed at a time.
 #
 #     benchmarks/qqp.sh RESULTS MODEL DATA EPOCHS SEEDS [SECONDS]
 #
-# Does what is missing in RESULTS and stops after SECONDS; the same command goes on with
-# the piece that it was at. Keeps what the runs have found, not their models.
+# Runs what is missing in RESULTS and stops after SECONDS. Repeat the command to resume
+# with the interrupted run. Keeps results and deletes models.
 set -uo pipefail
 if [ $# -lt 5 ]; then
   echo "usage: benchmarks/qqp.sh RESULTS MODEL DATA EPOCHS SEEDS [SECONDS]" >&2
@@ -13,7 +13,7 @@ fi
 results=$1 model=$2 data=$3 epochs=$4 seeds=$5 seconds=${6:-540}
 here=$(dirname "$0")
 export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-# Not SIGTERM, for which a run would save its window of gigabytes.
+# SIGKILL, because after SIGTERM a run saves its window of gigabytes.
 timeout --signal KILL "$seconds" "${PYTHON:-python}" "$here/../examples/run_seeds.py" \
   --seeds "$seeds" --optims 'MFAC={"num_grads": 1024, "damp": 1e-6}' adamw -- \
   --model_name_or_path "$model" --dataset_name "$data" --task_name qqp \

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# AdamW and M-FAC in Adam's metric on QQP, MRPC and SST-2, with the same learning rates.
+# Compares AdamW and adam_mfac on QQP, MRPC and SST-2 with the same learning rates.
 #
 #     benchmarks/recipe.sh RESULTS MODEL DATA
 #
-# The same command after an interruption does what is missing. Keeps what the runs have
-# found, not their models.
+# Repeat the command to resume after an interruption. Keeps results and deletes models.
 set -euo pipefail
 if [ $# -ne 3 ]; then
   echo "usage: benchmarks/recipe.sh RESULTS MODEL DATA" >&2

@@ -1,15 +1,14 @@
-"""Float32 error of a direction against float64: ours, and the paper's recursion.
+"""Measures the float32 error of a direction: ours and the paper's recursion.
 
     python benchmarks/solve_accuracy.py
 
-Gradients have half of their norm in common, as those of a network have. Each entry is
-the worst relative error over three windows; `raised` counts the steps at which float32
-could not resolve the damping, so that a larger one was used and reported, for which the
-error is measured.
+Like the gradients of a network, these share a common component, half of each. Each
+entry is the worst error relative to float64 over three windows. `raised` counts the
+steps at which float32 could not resolve the damping and a larger one was used; their
+error is measured with that larger damping.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_time import environment
+from tables import append_row
 
 import mfac_jax
 
@@ -85,27 +84,24 @@ def measure(norm: float, damp: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints a table of damping and norm."""
+    """Prints a row per norm and damping."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     args = parser.parse_args()
     print("| norm | damping | ours | recursion | raised |")
     print("| ---: " * 5 + "|")
-    results = []
     for norm in (0.01, 1.0, 100.0):
         for damp in (1e-8, 1e-6, 1e-4, 1e-2):
             found = measure(norm, damp)
-            results.append({"norm": norm, "damp": damp, **found})
+            row = {"num_grads": NUM_GRADS, "norm": norm, "damp": damp, **found}
+            append_row(args.output, row)
             print(
                 f"| {norm:g} | {damp:g} | {found['ours']:.0e} | "
                 f"{found['recursion']:.0e} | {found['raised']} |",
                 flush=True,
             )
-    if args.output is not None:
-        content = {**environment(), "num_grads": NUM_GRADS, "results": results}
-        args.output.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

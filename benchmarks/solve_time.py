@@ -1,20 +1,20 @@
-"""Time of the solve: from the inverse of the step before, and by factorization.
+"""Measures the time of the solve with an updated inverse and by factorization.
 
     python benchmarks/solve_time.py
 
-`updated` is what a step usually costs; `computed again` is one whose matrix has to be
-factorized and inverted from scratch; `factorized` is the factorization and the refined
-solution alone, which is what a step would cost without keeping an inverse.
+`updated` is the usual case: the previous step's inverse is updated. `recomputed`
+factorizes and inverts the matrix from scratch. `factorized` is the factorization and
+the refined solution alone, the cost of a step that keeps no inverse.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_time import best_time, environment
+from step_time import best_time
+from tables import append_row
 
 from mfac_jax import _solve
 
@@ -34,31 +34,28 @@ def measure(num_grads: int, repeats: int) -> dict[str, float]:
     useless = jnp.zeros_like(inverse)
     calls = {
         "updated_ms": lambda: solve(gram, inverse, index, damp),
-        "computed_again_ms": lambda: solve(gram, useless, index, damp),
+        "recomputed_ms": lambda: solve(gram, useless, index, damp),
         "factorized_ms": lambda: factorized(gram, damp, unit),
     }
     return {name: 1e3 * best_time(call, repeats) for name, call in calls.items()}
 
 
 def main() -> None:
-    """Prints a table by the number of gradients."""
+    """Prints a row per number of gradients."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num_grads", type=int, nargs="+", default=[256, 1024, 2048])
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     args = parser.parse_args()
-    print("| num_grads | updated | computed again | factorized |")
+    print("| num_grads | updated | recomputed | factorized |")
     print("| ---: " * 4 + "|")
-    results = {}
     for num_grads in args.num_grads:
-        found = results[num_grads] = measure(num_grads, args.repeats)
+        found = measure(num_grads, args.repeats)
         cells = [f"{milliseconds:.1f} ms" for milliseconds in found.values()]
         print(f"| {num_grads} | {' | '.join(cells)} |", flush=True)
-    if args.output is not None:
-        content = {**environment(), "results": results}
-        args.output.write_text(json.dumps(content, indent=2) + "\n")
+        append_row(args.output, {"num_grads": num_grads, **found})
 
 
 if __name__ == "__main__":

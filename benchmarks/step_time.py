@@ -1,30 +1,26 @@
-"""Time of one update, as a ratio to two reads of its window.
+"""Measures the time of one update relative to two reads of its window.
 
     python benchmarks/step_time.py
 
-A step cannot be faster than two reads of the window. `ratio` is its time over theirs:
-that of the bare products `G g` and `c G` of a dense array, which are run by turns with
-the update, per byte. `GB/s` are those two reads over the time of the update, `of copy`
-is their share of what a copy moves. `adamw` is the time over that of `optax.adamw`'s
-step on the same parameters. Medians; prints a table, and with `--output` writes it as
-JSON, row by row, with the device, the versions and the commit. With `--traces` what the
-device did in some more updates is recorded for `kernels.py`.
+A step cannot be faster than two reads of the window. `ratio` is the time of an update
+divided by the time of these reads, at the bandwidth of the bare products `G g` and
+`c G` of a dense array, measured alternately with the update. `GB/s` is two window
+sizes divided by the time of the update, and `of copy` its share of the bandwidth of a
+copy. `adamw` is the time relative to `optax.adamw` on the same parameters. All times
+are medians. Prints a table; `--output` appends each row to a file. `--traces` records
+a few more updates for `kernels.py`.
 
     python benchmarks/step_time.py --devices 1 2 4 8
 
-splits the window over so many devices and prints bytes per device next to the time;
-`window` and `state` are the optimizer's, `temporaries` those of the compiled update. A
-CPU shows eight devices that share its cores and its memory: only real ones are faster.
+splits the window over devices and prints bytes per device and time. `window` and
+`state` belong to the optimizer, `temporaries` to the compiled update. On a CPU the
+devices share cores and memory, so splitting saves no time there.
 """
 
 import argparse
 import functools
-import json
-import platform
 import re
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,6 +31,7 @@ import jax.numpy as jnp
 import kernels
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from tables import append_row
 
 import mfac_jax
 
@@ -66,12 +63,12 @@ def encoder_shapes(num_layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 BERT_TINY = encoder_shapes(2, 128)
-# Rows of the tables that a batch of QQP touches: 32 pairs of up to 128 tokens.
+# Embedding rows that a batch of QQP touches: 32 pairs of up to 128 tokens.
 TOUCHED = {"word_embeddings": 450, "position_embeddings": 128}
 
 
 class Case(NamedTuple):
-    """What is measured."""
+    """A window, its number of gradients and the parameters' shapes."""
 
     window: Any
     num_grads: int
@@ -106,13 +103,13 @@ CASES = {
     "top-k 1 %, BERT-tiny, 1024": Case(mfac_jax.TopKWindow(0.01), 1024, BERT_TINY),
 }
 
-# With `--small` every case has these, so that a test runs the script in no time.
+# For all cases with `--small`, which the tests use.
 SMALL_SHAPES = {"word_embeddings": (500, 4), "position_embeddings": (130, 4)}
 SMALL_NUM_GRADS = 8
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Returns the seconds of a call, with the device's work."""
+    """Returns the seconds of a call, including the device's work."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
@@ -139,14 +136,14 @@ def random_gradient(key: jax.Array, shapes: tuple[tuple[str, tuple[int, ...]], .
 
 
 def make_passes(size: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:
-    """Returns the two products of 256 rows, a copy, and the bytes that either moves."""
+    """Returns two products with 256 rows, a copy, and the bytes that each moves."""
     window = jax.random.normal(jax.random.key(0), (256, size))
     vector, coefficients = jnp.ones(window.shape[1]), jnp.ones(window.shape[0])
 
     @jax.jit
     def products(window, vector, coefficients):
         first = jnp.matmul(window, vector, precision="highest")
-        # Not both in one pass.
+        # The dependency keeps XLA from fusing both into one pass.
         second = jnp.matmul(coefficients + 0 * first, window, precision="highest")
         return first, second
 
@@ -167,8 +164,7 @@ def measure(
 ) -> dict[str, float]:
     """Measures the update of a case, with a new gradient each time.
 
-    The same gradient again would raise the damping, and what a step of a healthy window
-    costs would not be seen.
+    Repeating a gradient would raise the damping, which takes longer than a usual step.
     """
     params = {name: jnp.zeros(shape) for name, shape in case.shapes.items()}
     shapes = tuple(case.shapes.items())
@@ -178,7 +174,7 @@ def measure(
         update = jax.jit(optimizer.update, donate_argnums=1)
         state = jax.jit(optimizer.init)(params)
         update_seconds, product_seconds = [], []
-        # All beforehand: to make one takes kernels too.
+        # All beforehand, because generating one runs kernels too.
         num_gradients = repeats + 2 + kernels.NUM_TRACED
         keys = map(jax.random.key, range(num_gradients))
         gradients = [random_gradient(key, shapes) for key in keys]
@@ -258,11 +254,10 @@ def measure_split(case: Case, num_devices: int, repeats: int) -> dict[str, float
 
 
 def print_split(args: argparse.Namespace) -> None:
-    """Prints the table of `--devices`."""
+    """Prints the table for `--devices`."""
     jax.config.update("jax_num_cpu_devices", max(args.devices))
     titles = ["window", "m", "devices", "window", "state", "temporaries", "ms"]
     print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * 6)
-    results = []
     for name in args.cases:
         for num_devices in args.devices:
             found = measure_split(case_of(name, args.small), num_devices, args.repeats)
@@ -272,42 +267,19 @@ def print_split(args: argparse.Namespace) -> None:
                 f"{found['temporaries_mb']:,.1f} MB | {found['update_ms']:.1f} |",
                 flush=True,
             )
-            results.append({"window": name, **found})
-            write_results(args.output, {"results": results})
+            append_row(args.output, {"window": name, **found})
 
 
 def case_of(name: str, small: bool) -> Case:
-    """Returns a case, with tiny shapes for a trial."""
+    """Returns a case, with tiny shapes if `small`."""
     case = CASES[name]
     if not small:
         return case
     return case._replace(num_grads=SMALL_NUM_GRADS, shapes=SMALL_SHAPES)
 
 
-def write_results(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Writes what has been measured so far."""
-    if path is not None:
-        path.write_text(json.dumps({**environment(), **content}, indent=2) + "\n")
-
-
-def environment() -> dict[str, str]:
-    """Returns device, versions and commit."""
-    commit = ""
-    if shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-    return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-    }
-
-
 def main() -> None:
-    """Prints the table, a row when it is measured."""
+    """Prints each row of the table as soon as it is measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -319,9 +291,11 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, nargs="+", metavar="N")
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--small", action="store_true", help="Tiny shapes: a trial.")
-    parser.add_argument("--traces", type=Path, metavar="DIR", help="Where to put them.")
-    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    parser.add_argument("--small", action="store_true", help="Tiny shapes, as a test.")
+    parser.add_argument(
+        "--traces", type=Path, metavar="DIR", help="Record traces there."
+    )
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     args = parser.parse_args()
     if args.devices:
         print_split(args)
@@ -331,7 +305,6 @@ def main() -> None:
     print(f"A copy moves {copied:.1f} GB/s.\n")
     titles = ["window", "m", "MB", "ms", "ratio", "GB/s", "of copy", "adamw"]
     print("| " + " | ".join(titles) + " |\n| --- |" + " ---: |" * 7)
-    results = {}
     for name in args.cases:
         trace = None
         if args.traces is not None:
@@ -345,8 +318,8 @@ def main() -> None:
             f"{found['ratio_to_adamw']:.1f} |",
             flush=True,
         )
-        results[name] = found
-        write_results(args.output, {"copy_gb_per_s": copied, "results": results})
+        row = {"window": name, **found, "copy_gb_per_s": copied}
+        append_row(args.output, row)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-r"""Steps per second of the trainer with M-FAC, with AdamW and with plain SGD.
+r"""Measures steps per second of the trainer with M-FAC, AdamW and SGD.
 
     python benchmarks/train_throughput.py \
         --model_name_or_path prajjwal1/bert-tiny
 
-With `--optims 'MFAC={"num_grads": 256}' ...` instead of M-FAC with 1024 gradients.
-Takes steps of QQP (batch 32) by turns, in one process, from batches that are made on a
-thread as in training: padded to the smallest of a few lengths, and all to 128. A step
-of SGD is a forward and a backward pass and little else, so that what another optimizer
-takes more is its own. The host's share is what a step of the loop takes beyond one
-whose batch waits on the device. Compilation is not counted.
+`--optims 'MFAC={"num_grads": 256}' ...` replaces M-FAC with 1024 gradients. The
+optimizers alternate in one process and take steps of QQP (batch 32). Batches are
+prepared on a thread as in training, padded to the smallest of a few lengths or all to
+128. A step of SGD is little more than a forward and a backward pass, so the optimizer's
+share is the additional time of a step. The host's share is the additional time compared
+with batches that are already on the device. Compilation is excluded.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from padded_lengths import Steps, make_run
-from step_time import environment
+from tables import append_row
 
 MFAC = 'MFAC={"num_grads": 1024, "damp": 1e-6}'
 PADDING = {"short": [], "128": ["--pad_to_max_length"]}
@@ -29,7 +28,7 @@ def measure(
     turns: int,
     steps_per_turn: int,
 ) -> dict[str, dict[str, float]]:
-    """Returns by optimizer its state's bytes, and steps per second of loop and step."""
+    """Returns state bytes and steps per second, of the loop and alone, by optimizer."""
     num_steps = turns * steps_per_turn
     rivals = {}
     for entry in optims:
@@ -52,7 +51,7 @@ def measure(
 
 
 def main() -> None:
-    """Prints a table of optimizers and paddings."""
+    """Prints a row per padding and optimizer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,20 +61,18 @@ def main() -> None:
     parser.add_argument("--padding", nargs="+", choices=PADDING, default=list(PADDING))
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--steps_per_turn", type=int, default=40)
-    parser.add_argument("--output", type=Path, help="Where to write the JSON.")
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     args = parser.parse_args()
     source = args.model_name_or_path, args.dataset_name
     titles = (
         "padded to, optimizer, MB, steps/s, of AdamW's, optimizer's share, host's share"
     )
     print("| " + titles.replace(",", " |") + " |\n| --- | --- |" + " ---: |" * 5)
-    results = {}
     for padding in args.padding:
         optims = [*args.optims, "adamw", "sgd"]
         found = measure(
             source, optims, PADDING[padding], args.turns, args.steps_per_turn
         )
-        results[padding] = found
         rates = {name: rate["steps_per_second"] for name, rate in found.items()}
         for name, rate in rates.items():
             print(
@@ -86,9 +83,8 @@ def main() -> None:
                 f"{1 - rate / found[name]['steps_per_second_alone']:.0%} |",
                 flush=True,
             )
-        if args.output is not None:
-            content = {**environment(), "results": results}
-            args.output.write_text(json.dumps(content, indent=2) + "\n")
+            row = {"optimizer": name, "padded_to": padding, **found[name]}
+            append_row(args.output, row)
 
 
 if __name__ == "__main__":

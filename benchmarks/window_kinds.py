@@ -1,17 +1,18 @@
-r"""Every kind of window on the same real gradients: bytes, time, direction.
+r"""Compares all kinds of windows on the same gradients: bytes, time and direction.
 
     python benchmarks/window_kinds.py \
         --model_name_or_path prajjwal1/bert-tiny
 
-Trains on QQP for `num_grads` steps (batch 32, length 128) and keeps the gradients. Each
-kind is then fed with them. The time of a step with a full window stands beside the
-floor of two reads of that window's bytes, at the bandwidth that a matrix product
-reaches in the same process, and beside the step of the dense float32 window.
+Trains on QQP for `num_grads` steps (batch 32, length 128) and feeds the gradients to
+each kind of window. The time of a step with a full window is compared with two reads of
+the window, at the bandwidth of a matrix product in the same process, and with a step of
+the dense float32 window. Prints a JSON object; `--output` appends its rows to a file.
 """
 
 import argparse
 import json
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +24,8 @@ from bert_finetune.data.batches import max_distinct_tokens, train_batches
 from bert_finetune.glue.task import Classification
 from bert_finetune.model import bert
 from bert_finetune.training import loop, optimizers
-from step_time import best_time, environment
+from step_time import best_time
+from tables import append_row
 
 import mfac_jax
 
@@ -31,7 +33,7 @@ Gradients = list[Any]
 
 
 def qqp_gradients(args: GlueArguments) -> tuple[Gradients, dict[str, int]]:
-    """Returns the clipped gradients of a short run, and the rows that they can have."""
+    """Returns the clipped gradients of a short run and their maximum touched rows."""
     run = loop.prepare(Classification(args), optimizers.parse_hyperparams(args))
     max_rows = bert.touched_rows(
         max_distinct_tokens(run.train_data, run.first_batches), args.max_seq_length
@@ -57,7 +59,7 @@ def qqp_gradients(args: GlueArguments) -> tuple[Gradients, dict[str, int]]:
 
 
 def measure(window: Any, gradients: Gradients, repeats: int) -> tuple[Any, float, int]:
-    """Fills a window; returns the last direction, seconds of a step, and bytes."""
+    """Fills a window; returns the last direction, seconds per step, and bytes."""
     opt = mfac_jax.scale_by_mfac(len(gradients), window=window)
     update = jax.jit(opt.update, donate_argnums=1)
     state, direction = opt.init(gradients[0]), None
@@ -74,7 +76,7 @@ def measure(window: Any, gradients: Gradients, repeats: int) -> tuple[Any, float
 
 
 def read_bandwidth(repeats: int) -> float:
-    """Returns bytes per second of a combination of rows, one pass over 1 GB."""
+    """Returns bytes per second of a linear combination of rows, a pass over 1 GB."""
     matrix = jnp.ones((256, 1_000_000))
     combine = jax.jit(lambda c, g: jnp.matmul(c, g, precision="highest"))
     return matrix.nbytes / best_time(lambda: combine(matrix[:, 0], matrix), repeats)
@@ -86,12 +88,15 @@ def cosine(x: Any, y: Any) -> float:
 
 
 def main() -> None:
-    """Prints one JSON object: the kinds, the device and the versions."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints the result and appends a row per kind to the output."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--dataset_name", default="nyu-mll/glue")
     parser.add_argument("--num_grads", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output", type=Path, help="Append rows to this file.")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as output_dir:
         flags = [
@@ -126,15 +131,15 @@ def main() -> None:
                 optax.tree.norm(direction) / optax.tree.norm(exact)
             ),
         }
-    result = {
+    shared = {
         "num_grads": given.num_grads,
-        "numbers": int(sum(np.size(x) for x in jax.tree.leaves(gradients[0]))),
+        "parameters": int(sum(np.size(x) for x in jax.tree.leaves(gradients[0]))),
         "max_rows": max_rows,
         "read_gb_per_s": bandwidth / 1e9,
-        "kinds": rows,
-        **environment(),
     }
-    print(json.dumps(result, indent=2))
+    print(json.dumps({**shared, "kinds": rows}, indent=2))
+    for name, row in rows.items():
+        append_row(given.output, {"window": name, **row, **shared})
 
 
 if __name__ == "__main__":
