@@ -1,9 +1,14 @@
-# The two commands: `make demo` and `make test`. Both make .venv first if need be.
+# The two commands are `make demo` and `make test`. Each target installs what it needs
+# into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The extras of the two commands.
+RUN := examples,test
+# The interpreters that `make package-check` tries; `uv` finds or downloads them.
+PYTHONS ?= 3.11 3.12 3.13
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs package package-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/run_demo.py
@@ -11,29 +16,46 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-lint: $(VENV)/linters
+lint: $(VENV)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
+	@! git grep -InwiEf .ci/phrases -- . ':!.ci/phrases'
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -E -W --keep-going -j auto docs docs/_build
+
+package: $(VENV)/package
+	rm -rf dist
+	$(BIN)/uv build --quiet
+	ls dist
+
+package-check: package
+	.ci/package-check $(BIN)/uv $(PYTHONS)
+
 clean:
-	rm -rf $(VENV) demo_out
+	rm -rf $(VENV) demo_out dist docs/_build
 
 # uv where it is present, otherwise pip; torch in neither.
-$(VENV)/installed: pyproject.toml
+define install
 	@if command -v uv >/dev/null; then \
-	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
-	  uv pip install --quiet --python $(BIN)/python -e '.[examples,test]'; \
+	  uv pip install --quiet --python $(BIN)/python -e '.[$(1)]'; \
 	else \
-	  $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples,test]'; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]'; \
 	fi
 	@touch $@
+endef
 
-$(VENV)/linters: $(VENV)/installed
+$(VENV)/bin/python:
 	@if command -v uv >/dev/null; then \
-	  uv pip install --quiet --python $(BIN)/python -e '.[lint]'; \
+	  uv venv --quiet --python $(PYTHON) $(VENV); \
 	else \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'; \
+	  $(PYTHON) -m venv $(VENV); \
 	fi
-	@touch $@
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(call install,$(RUN))
+
+$(VENV)/lint $(VENV)/docs $(VENV)/package: $(VENV)/installed
+	$(call install,$(@F))

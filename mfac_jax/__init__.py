@@ -16,6 +16,8 @@ from mfac_jax.windows import (
     compact_windows,
 )
 
+__version__ = "0.2.0"
+
 __all__ = [
     "DenseWindow",
     "Int8Window",

@@ -73,7 +73,7 @@ def window_nbytes(opt_state: Any) -> int:
       The bytes of all states of M-FAC in ``opt_state``, a Python integer.
 
     Raises:
-      ValueError: If there is no state of :func:`~mfac_jax.scale_by_mfac`.
+      ValueError: If ``opt_state`` contains no M-FAC state.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -101,7 +101,7 @@ def window_table(opt_state: Any) -> str:
       Text to print, with a header and one line per leaf.
 
     Raises:
-      ValueError: If there is no state of :func:`~mfac_jax.scale_by_mfac`.
+      ValueError: If ``opt_state`` contains no M-FAC state.
 
     Examples:
       >>> import jax, jax.numpy as jnp, mfac_jax
@@ -152,7 +152,10 @@ def _diagnostics_of(state: ScaleByMFACState) -> dict[str, jax.Array]:
 def _some_states(tree: Any) -> dict[str, ScaleByMFACState]:
     states = find_states(tree)
     if not states:
-        raise ValueError("there is no state of mfac_jax.scale_by_mfac in this tree.")
+        raise ValueError(
+            "there is no M-FAC state in this tree; pass an optimizer state, such as "
+            "jax.eval_shape(optimizer.init, params)."
+        )
     return states
 
 

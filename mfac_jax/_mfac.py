@@ -58,10 +58,11 @@ def scale_by_mfac(
     the damping has changed.
 
     The Gram matrix and the solve use float32, or float64 if any window stores float64.
-    Where that precision cannot resolve the damping (identical or nearly parallel
-    gradients with :math:`m \lambda` below the rounding of :math:`\lVert g \rVert^2`),
-    the solve raises it by factors of four until it can; :func:`~mfac_jax.diagnostics`
-    reports the damping used and the number of such updates. Updates are always finite.
+    Where that precision cannot resolve the damping (nearly parallel gradients, or more
+    gradients than parameters, and :math:`m \lambda` below the rounding of
+    :math:`\lVert g \rVert^2`), the solve raises it by factors of four until it can;
+    :func:`~mfac_jax.diagnostics` reports the damping used and the number of such
+    updates. Updates are always finite.
 
     A gradient that is not finite, or too large for its squared norm to be finite, is
     rejected: the update is zero, the window and the Gram matrix stay unchanged, and
@@ -75,7 +76,7 @@ def scale_by_mfac(
         Donate the optimizer state (``donate_argnums``) when you jit the training step:
         the window is then updated in place; otherwise every step copies it. To
         accumulate gradients, average them before ``update``: :class:`optax.MultiSteps`
-        evaluates this transformation at every micro-step and holds a second window.
+        evaluates this transformation at every micro-step.
 
     Args:
       num_grads: Number of gradients ``m`` in the window (static), at least 1.

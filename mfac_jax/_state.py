@@ -104,12 +104,17 @@ def match_windows(
     """
     leaves = named_leaves(tree)
     windows = window if isinstance(window, Mapping) else {}
-    missing, unknown = windows.keys() - leaves.keys(), leaves.keys() - windows.keys()
-    if missing or unknown:
+    differences = {
+        "missing": sorted(windows.keys() - leaves.keys()),
+        "unexpected": sorted(leaves.keys() - windows.keys()),
+    }
+    if any(differences.values()):
+        found = ", ".join(
+            f"{name} {paths}" for name, paths in differences.items() if paths
+        )
         raise TypeError(
             f"the {noun}s must have the tree structure of the parameters passed to "
-            f"init: missing {sorted(missing) or 'nothing'}, "
-            f"unknown {sorted(unknown) or 'nothing'}."
+            f"init: {found}."
         )
     for path, leaf in leaves.items():
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):

@@ -244,7 +244,7 @@ def test_scan_and_vmap_over_replicas():
 
 def test_gradients_of_another_tree_are_rejected():
     opt = make(3)
-    with pytest.raises(TypeError, match=r"missing \['blocks/0', .* unknown \['c'\]"):
+    with pytest.raises(TypeError, match=r"missing \['blocks/0', .* unexpected \['c'\]"):
         opt.update({"embedding": PARAMS["embedding"], "c": 1.0}, opt.init(PARAMS))
 
 

@@ -577,6 +577,12 @@ def test_bad_results_of_a_window_function_name_the_leaf():
         opt.init({"w": jnp.zeros(2)})
 
 
+def test_compact_windows_without_a_call_is_an_error():
+    opt = mfac_jax.scale_by_mfac(2, window=mfac_jax.compact_windows)
+    with pytest.raises(TypeError, match=r"window=compact_windows\(max_rows\)"):
+        opt.init({"w": jnp.zeros(2)})
+
+
 @pytest.mark.parametrize("dtype", ["int32", "complex64"])
 def test_parameters_that_are_not_real_floats_are_rejected(dtype):
     with pytest.raises(TypeError, match=f"w has dtype {dtype}.*optax.masked"):
@@ -615,7 +621,7 @@ def test_a_state_with_another_num_grads_is_rejected():
         (
             {"w": jnp.zeros((2, 3)), "v": jnp.zeros(2)},
             TypeError,
-            r"missing \['b'\], unknown \['v'\]",
+            r"missing \['b'\], unexpected \['v'\]",
         ),
         (
             {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)},

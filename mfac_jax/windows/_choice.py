@@ -120,7 +120,8 @@ def compact_windows(
       A function ``(path, leaf) -> window``.
 
     Raises:
-      TypeError: As :class:`~mfac_jax.RowSparseWindow`.
+      TypeError: As :class:`~mfac_jax.RowSparseWindow`, and for a string, which the
+        optimizer passes if ``window`` is this function itself.
       ValueError: As :class:`~mfac_jax.RowSparseWindow`.
       re.error: For a malformed regular expression.
 
@@ -133,6 +134,11 @@ def compact_windows(
       embedding  values float32[4,100,8] indices uint16[4,100]  13,600
       kernel     values float32[4,8,2]                             256
     """
+    if isinstance(max_rows, str):
+        raise TypeError(
+            f"compact_windows takes max_rows, got {max_rows!r}; pass "
+            "window=compact_windows(max_rows), not the function itself."
+        )
     if not isinstance(max_rows, Mapping):
         max_rows = {r"embedding[^/]*$": max_rows}
     return _CompactWindows(
@@ -163,8 +169,8 @@ class _CompactWindows:
         for pattern, _ in self.tables:
             if not any(pattern.search(path) for path in paths):
                 warnings.warn(
-                    f"compact_windows: no path matches {pattern.pattern!r} ({shown}); "
-                    "its table is stored densely. Pass a mapping from a matching "
-                    "pattern to the number of rows.",
+                    f"compact_windows: no path matches {pattern.pattern!r} ({shown}), "
+                    "so no leaf is stored row-sparse for it. Pass a mapping from a "
+                    "pattern that matches to max_rows, such as {'table$': 450}.",
                     stacklevel=2,
                 )
