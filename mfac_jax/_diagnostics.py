@@ -15,7 +15,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     The effective rank of the Gram matrix is
     :math:`(\mathrm{tr}\, K)^2 / \lVert K \rVert_F^2`: 1 for parallel gradients, the
     number of gradients for orthogonal ones of equal norm. The call costs :math:`O(m^2)`
-    and works inside a jitted training step.
+    and works inside a jitted training step. Outside of one, convert the values before
+    the next step: some are arrays of the state, which a donated step deletes.
 
     Args:
       opt_state: An optimizer state that contains the state of

@@ -25,15 +25,16 @@ def inverse_fisher_vector_product(
         F^{-1} x = \frac{1}{\lambda} \left(x - G^T (m \lambda I + G G^T)^{-1} G x\right)
 
     Use it for vectors outside the window, such as influence functions or gradients of
-    other data. It divides the difference of two nearly equal vectors by ``λ``: in
-    float32 the relative error is about ``eps · ‖x‖ / (λ ‖F⁻¹ x‖)``, and the result is
-    NaN where the gradients of the window are too parallel for the dtype. Use float64 or
-    more damping there. The optimizer itself does not use this formula.
+    other data. It divides the difference of two nearly equal vectors by ``λ``: expect a
+    relative error of up to ``eps · ‖F‖ / λ``, and NaN where the gradients of the window
+    are too parallel for the dtype. Use float64 or more damping there. The optimizer
+    itself does not use this formula.
 
     Args:
       state: The state of :func:`~mfac_jax.scale_by_mfac`, or an optimizer state that
         contains exactly one, such as the state of a chain or ``optimizer.opt_state`` of
-        an ``nnx.Optimizer``.
+        an ``nnx.Optimizer``. In the state of :func:`~mfac_jax.scale_by_adam_mfac` the
+        window stores gradients in Adam's metric, and ``F`` is the Fisher matrix there.
       vector: ``x``, a tree with the structure and shapes of the parameters.
       damp: Damping ``λ > 0``, in units of the squared gradient norm: a number or a
         traced scalar.

@@ -69,8 +69,8 @@ def scale_by_mfac(
     the count that schedules see advances.
 
     The update preconditions the gradient as its window stores it: rounded, quantized
-    or sparse. The residual lies outside the span of the window and would come back
-    multiplied by :math:`1 / \lambda`.
+    or sparse. The residual lies outside the span of the window, where :math:`F^{-1}`
+    multiplies by :math:`1 / \lambda`.
 
     .. warning::
         Donate the optimizer state (``donate_argnums``) when you jit the training step:

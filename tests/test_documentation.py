@@ -49,7 +49,8 @@ def slug_of(heading):
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_commands_parse(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    for script, flags in re.findall(r"python examples/(run_\w+)\.py(.*)", text):
+    commands = re.findall(r"^ *python examples/(run_\w+)\.py(.*)", text, re.M)
+    for script, flags in commands:
         flags = shlex.split(flags)
         if script == "run_seeds":
             run_seeds.make_runs(run_seeds.parse_options(flags))

@@ -43,8 +43,8 @@ class StoredGradients(Protocol[_Row]):
 
     ``dtype`` is the dtype of the Gram matrix, float32 or float64, in which all sums are
     taken. ``products`` and ``combine`` must use exactly the values that ``encode``
-    returned as ``vector``: a rounding residual lies outside the span of the window and
-    would come back multiplied by ``1 / λ``.
+    returned as ``vector``: otherwise the Gram matrix is the Gram matrix of no
+    gradients, and the direction is wrong.
 
     Examples:
       >>> import jax.numpy as jnp, mfac_jax
