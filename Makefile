@@ -24,7 +24,7 @@ lint: $(VENV)/lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/docs
-	$(BIN)/python -m sphinx -E -W --keep-going -j auto docs docs/_build
+	$(BIN)/python -m sphinx -E -W --keep-going -j auto docs docs/_build/html
 
 package: $(VENV)/package
 	rm -rf dist
