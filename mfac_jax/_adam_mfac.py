@@ -243,7 +243,7 @@ def adam_mfac(
 
     Raises:
       TypeError: As :func:`~mfac_jax.scale_by_adam_mfac`, and for any other
-        hyper-parameter that is not a scalar or a schedule.
+        hyperparameter that is not a scalar or a schedule.
       ValueError: As :func:`~mfac_jax.scale_by_adam_mfac`, and for a ``learning_rate``
         that is not finite or a negative ``weight_decay``.
 

@@ -15,7 +15,7 @@ POSITIVE = (
     "must be positive and finite: at 0 the Fisher is singular",
     lambda x: 0 < x < math.inf,
 )
-# The requirements on other hyper-parameters, for check_number.
+# The requirements on other hyperparameters, for check_number.
 RATE = ("must be in [0, 1)", lambda x: 0 <= x < 1)
 DECAY = ("must be finite and at least 0", lambda x: 0 <= x < math.inf)
 EPSILON = ("must be positive and finite", lambda x: 0 < x < math.inf)
@@ -207,6 +207,6 @@ def _dtype_hint(value: Any) -> str:
     if dtype not in (jnp.bfloat16, jnp.float16):
         return ""
     return (
-        f" in {dtype}; optax.inject_hyperparams casts hyper-parameters to the dtype of "
+        f" in {dtype}; optax.inject_hyperparams casts hyperparameters to the dtype of "
         "the parameters unless you pass hyperparam_dtype=jnp.float32"
     )

@@ -232,7 +232,7 @@ def mfac(
       gradients.
 
     Raises:
-      TypeError: As :func:`~mfac_jax.scale_by_mfac`, and for any other hyper-parameter
+      TypeError: As :func:`~mfac_jax.scale_by_mfac`, and for any other hyperparameter
         that is not a scalar or a schedule.
       ValueError: As :func:`~mfac_jax.scale_by_mfac`, and for a ``learning_rate`` that
         is not finite, ``momentum`` outside ``[0, 1)`` or a negative ``weight_decay``;
@@ -255,7 +255,7 @@ def mfac(
       >>> print(f'{loss(params):.4f}')
       2.9579
 
-      Hyper-parameters may be injected. ``hyperparam_dtype`` keeps them in float32; in
+      Hyperparameters may be injected. ``hyperparam_dtype`` keeps them in float32; in
       the dtype of bfloat16 parameters, ``momentum=0.999`` would round to 1.
 
       >>> inject = optax.inject_hyperparams(

@@ -78,5 +78,5 @@ def keep_dtypes(
 
 
 def value_at(value: optax.ScalarOrSchedule, count: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a hyper-parameter, evaluated at ``count`` if it is a schedule."""
+    """Returns a hyperparameter, evaluated at ``count`` if it is a schedule."""
     return jnp.asarray(value(count) if callable(value) else value, dtype)

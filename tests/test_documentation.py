@@ -22,7 +22,7 @@ PAGES = [
 def test_the_blocks_of_the_readme_run():
     text, names = (ROOT / "README.md").read_text(), {}
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
 

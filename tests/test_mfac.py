@@ -327,7 +327,7 @@ def test_the_ring_does_not_depend_on_the_count():
 
 
 def test_the_readme_recipes_work_together():
-    """Injects hyper-parameters, initializes eagerly and donates the state."""
+    """Injects hyperparameters, initializes eagerly and donates the state."""
     opt = optax.inject_hyperparams(mfac_jax.mfac, STATIC)(0.1, num_grads=3, damp=1e-3)
     state = opt.init(PARAMS)
     step = jax.jit(opt.update, donate_argnums=1)

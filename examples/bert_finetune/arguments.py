@@ -127,7 +127,7 @@ class Arguments:
     )
     optim_args: str | None = _flag(
         None,
-        "Hyper-parameters of --optim as a JSON object, such as "
+        "Hyperparameters of --optim as a JSON object, such as "
         '\'{"lr": 1e-4, "damp": 1e-6}\'.',
     )
     learning_rate: Amount = _flag(

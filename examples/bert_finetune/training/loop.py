@@ -320,7 +320,7 @@ def _fingerprint(run: Run) -> dict[str, Any]:
     return {
         **run.task.args.fixed,
         "the batch size of all devices": run.train_data.batch_size,
-        "the hyper-parameters": run.optimizer.hyperparams,
+        "the hyperparameters": run.optimizer.hyperparams,
         "the hash of the training examples": examples.hexdigest()[:16],
     }
 

@@ -1,4 +1,4 @@
-"""Builds Optax optimizers from their names, with hyper-parameters from JSON."""
+"""Builds Optax optimizers from their names, with hyperparameters from JSON."""
 
 import contextlib
 import difflib
@@ -73,7 +73,7 @@ def _defaults(alias: Callable[..., Any]) -> dict[str, Any]:
 
 
 def defaults(args: Arguments, others: Sequence[str]) -> dict[str, Any]:
-    """Returns the default of each hyper-parameter of `--optim`, or :data:`REQUIRED`.
+    """Returns the default of each hyperparameter of `--optim`, or :data:`REQUIRED`.
 
     ``others`` are further valid names, for the error message. Raises a UserError for an
     unknown optimizer, or a weight decay that the optimizer does not support.

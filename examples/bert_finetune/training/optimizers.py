@@ -82,9 +82,9 @@ class Optimizer(NamedTuple):
 
 
 def parse_hyperparams(args: Arguments) -> dict[str, Any]:
-    """Returns all hyper-parameters of the optimizer, from the flags and defaults.
+    """Returns all hyperparameters of the optimizer, from the flags and defaults.
 
-    Raises a UserError for an unknown optimizer or hyper-parameter, malformed JSON, or a
+    Raises a UserError for an unknown optimizer or hyperparameter, malformed JSON, or a
     value out of range.
     """
     is_ours = args.optim in _DEFAULTS
