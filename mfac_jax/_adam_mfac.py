@@ -57,7 +57,7 @@ def scale_by_adam_mfac(
     identity: its damping has the units of a squared gradient, and its step the units of
     an inverse gradient. Here the damping is a multiple of Adam's diagonal, relative to
     the size of the stored gradients, and the step has Adam's units for any scale of the
-    loss. Start with a learning rate that suits AdamW.
+    loss. Start with one to three times the learning rate that suits AdamW.
 
     With :math:`\hat\nu_t` the bias-corrected average of the squared gradients
     (:math:`\beta_2`), Adam's metric is :math:`D_t = \sqrt{\hat\nu_t} + \epsilon`. The
