@@ -19,8 +19,8 @@ test: $(VENV)/installed
 lint: $(VENV)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell
-	@! git grep -InwiEf .ci/phrases -- . ':!.ci/phrases'
+	git ls-files | xargs $(BIN)/codespell
+	@git grep -InwiEf .ci/phrases -- . ':!.ci/phrases'; test $$? -eq 1
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/docs
@@ -49,7 +49,7 @@ endef
 
 $(VENV)/bin/python:
 	@if command -v uv >/dev/null; then \
-	  uv venv --quiet --python $(PYTHON) $(VENV); \
+	  uv venv --quiet --seed --python $(PYTHON) $(VENV); \
 	else \
 	  $(PYTHON) -m venv $(VENV); \
 	fi

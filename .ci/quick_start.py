@@ -15,6 +15,8 @@ blocks = re.findall(
     r"```python\n(.*?)```", pathlib.Path(sys.argv[1]).read_text(), flags=re.DOTALL
 )
 blocks = [block for block in blocks if not re.search(r"import (flax|nnx|orbax)", block)]
+if not blocks:
+    sys.exit("error: the page has no block to run.")
 for block in blocks:
     exec(block, names)
 print(

@@ -99,7 +99,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         "--seeds",
         type=int,
         required=True,
-        help="number of seeds, starting at --seed or 0",
+        help="number of seeds; the first is --seed, or 0",
     )
     add("arguments", nargs="+", metavar="ARGUMENTS", help="flags of the script")
     options = parser.parse_args(argv)

@@ -198,7 +198,7 @@ class Arguments:
         const="last",
     )
     report_to: Literal["none", "tensorboard"] = _flag(
-        "none", "Additional integration to report metrics to."
+        "none", "Where to log metrics in addition to metrics.jsonl."
     )
     seed: Fixed[Annotated[int, 0]] = _flag(
         42, "Random seed for new weights, data order and dropout."

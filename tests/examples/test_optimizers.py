@@ -197,8 +197,8 @@ def test_decay_spares_biases_and_norms(optim):
             '{"seed": 0}',
             r"dpsgd needs l2_norm_clip, noise_multiplier in --optim_args\.",
         ),
-        ("contrib.schedule_free", None, "evaluates other parameters than"),
-        ("optax.contrib.schedule_free_sgd", None, "evaluates other parameters than"),
+        ("contrib.schedule_free", None, "evaluates parameters other than"),
+        ("optax.contrib.schedule_free_sgd", None, "evaluates parameters other than"),
         ("lion", '{"mu_dtype": "bf16"}', "does not accept these --optim_args .*'bf16'"),
         ("sm3", None, "does not accept a learning rate schedule"),
         ("MFAC", '{"lr": 1e-4', "--optim_args is not valid JSON"),
@@ -377,7 +377,7 @@ def test_every_optimizer_of_optax_trains_or_is_rejected(name):
         (
             "contrib.dpsgd",
             '{"l2_norm_clip": 1, "noise_multiplier": 1, "seed": 0}',
-            "its updates have other shapes than the parameters",
+            "its updates differ in shape from the parameters",
         ),
     ],
 )

@@ -119,7 +119,7 @@ def test_huge_integers_in_json_are_texts_and_labels(tmp_path):
         ("a.csv", b"a,label\nx\ry,1\n", "line 2 of .*a.csv: a carriage return inside"),
         ("a.csv", b'a,label\n"x,1\ny,0\n', "line 3 of .*a.csv: unexpected end of data"),
         ("a.csv", b'a,label\n"x" y,1\n', "line 2 of .*a.csv: ',' expected after '\"'"),
-        ("a.csv", b"a,a\nx,1\n", "the header of .*a.csv has the column 'a' twice"),
+        ("a.csv", b"a,a\nx,1\n", "the header of .*a.csv names the column 'a' twice"),
         ("a.csv", b"a;label\nx;1\n", "has no column 'label'; it has 'a;label'"),
         ("a.csv", "a,label\né,1\n".encode("utf-16"), "a.csv is UTF-16 .*as UTF-8"),
         ("a.csv", "a,label\né,1\n".encode("utf-16-le"), "is UTF-16 or binary"),

@@ -113,7 +113,7 @@ def load(name: str, config: str | None, split: str) -> Source:
     folders = [config] if config else [".", "*"]
     files = [file for f in folders for file in sorted(directory.glob(f"{f}/{pattern}"))]
     if not files:
-        raise UserError(f"there is no {folders[-1]}/{pattern} in {directory}.")
+        raise UserError(f"{directory} has no {folders[-1]}/{pattern}.")
     numbers = [re.search(r"-(\d+)-of-(\d+)$", file.stem) for file in files]
     total = max((int(number[2]) for number in numbers if number), default=0)
     if total > len(files):
@@ -241,7 +241,7 @@ def _columns_of_table(path: str, rows: Iterator[list[str]]) -> dict[str, list[st
     header = header or []
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise UserError(f"the header of {path} has the column {twice[0]!r} twice.")
+        raise UserError(f"the header of {path} names the column {twice[0]!r} twice.")
     cells, blank = [], None
     for number, row in enumerate(rows, start=2):
         if not row and len(header) == 1:

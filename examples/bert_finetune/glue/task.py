@@ -157,7 +157,7 @@ class Classification:
             for column in zip(*found, strict=True)
         )
         if not np.all(np.isfinite(losses_)):
-            raise UserError("the model's logits are not finite: it cannot be used.")
+            raise UserError("the model's logits are not finite; it cannot be used.")
         return losses_, self._in_data(predictions)
 
     def _in_data(self, labels: np.ndarray) -> np.ndarray:

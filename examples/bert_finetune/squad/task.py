@@ -145,7 +145,7 @@ class QuestionAnswering:
             for parts in zip(*jax.device_get(outputs), strict=True)
         ]
         if not np.all(np.isfinite(logits)):
-            raise UserError("the model's logits are not finite: it cannot be used.")
+            raise UserError("the model's logits are not finite; it cannot be used.")
         threshold = args.null_score_diff_threshold
         return find_answers(
             questions.dataset["context"][:],

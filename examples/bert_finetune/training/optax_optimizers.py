@@ -39,7 +39,7 @@ def _find(optim: str, others: Sequence[str]) -> Callable[..., Any]:
     name = optim.removeprefix("optax.")
     if name.startswith("contrib.schedule_free"):
         raise UserError(
-            f"--optim {optim} evaluates other parameters than those it trains, which "
+            f"--optim {optim} evaluates parameters other than those it trains, which "
             "is not supported: choose another optimizer."
         )
     if name in known:
@@ -135,7 +135,7 @@ def make_optimizer(
             raise ValueError("checkpoints cannot hold the empty arrays of its state")
         trees = jax.tree.leaves(updates), jax.tree.leaves(params)
         if [x.shape for x in trees[0]] != [x.shape for x in trees[1]]:
-            raise ValueError("its updates have other shapes than the parameters")
+            raise ValueError("its updates differ in shape from the parameters")
     except Exception as error:  # Optimizers may raise any type.
         raise UserError(
             f"--optim {optim} cannot be used here: it needs more than gradients, does "
