@@ -212,7 +212,7 @@ def test_a_model_that_is_not_finite_is_rejected(root, value):
     weights["classifier.bias"] = np.full_like(weights["classifier.bias"], value)
     toy_bert.write_model(root / f"is {value}", weights)
     task = start(root, "--task_name=mrpc", "--do_eval", model=f"is {value}")
-    with pytest.raises(UserError, match="not finite: it cannot be used"):
+    with pytest.raises(UserError, match="not finite; it cannot be used"):
         task.evaluate(task.model.params)
 
 
