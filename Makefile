@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The extras of the two commands.
-RUN := examples,test
+EXTRAS := examples,test
 # The interpreters that `make package-check` tries; `uv` finds or downloads them.
 PYTHONS ?= 3.11 3.12 3.13
 
@@ -55,7 +55,7 @@ $(VENV)/bin/python:
 	fi
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
-	$(call install,$(RUN))
+	$(call install,$(EXTRAS))
 
 $(VENV)/lint $(VENV)/docs $(VENV)/package: $(VENV)/installed
 	$(call install,$(@F))

@@ -20,7 +20,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 240
 nb_merge_streams = True
-# A kernel with eight CPU devices. Jupyter's own warns that TCP is not encrypted.
+# Our kernel: eight CPU devices, and no warning that its TCP sockets are not encrypted.
 os.environ["JUPYTER_PATH"] = str(pathlib.Path(__file__).parent / "_kernel")
 
 myst_enable_extensions = ["dollarmath"]

@@ -345,7 +345,7 @@ UNFIT = set(
 )
 
 
-@pytest.mark.filterwarnings("ignore")  # noisy_sgd and optimistic_adam warn.
+@pytest.mark.filterwarnings("ignore")  # Two of these optimizers warn.
 @pytest.mark.parametrize("name", optax_optimizers.aliases())
 def test_every_optimizer_of_optax_trains_or_is_rejected(name):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
